@@ -1,0 +1,57 @@
+# Two commands do everything on a fresh Debian 12 machine, as root: `make lab` and `make test`.
+VENV := .venv
+PY   := $(VENV)/bin/python
+
+.PHONY: help deps deps-test venv lint test lab bench vm-test clean
+
+help:
+	@echo "make lab      install what is needed and run the show: two replicas in lock-step on this machine"
+	@echo "make test     install what is needed, lint, and run all tests (unit, lab, Debian's kernel in QEMU)"
+	@echo "make bench    measure every hook and the lab, beside QEMU's colo-compare and a plain bridge"
+	@echo "make lint     ruff and mypy only        make vm-test  only the tests in QEMU"
+	@echo "make clean    remove the venv and caches"
+
+deps:
+	deploy/install-deps.sh lab
+
+deps-test:
+	deploy/install-deps.sh test
+
+# editable_mode=compat puts this directory on the path, so that a new subpackage needs no new install.
+# The stamp is newer than pyproject.toml only if the last install went through.
+$(VENV)/.installed: pyproject.toml
+	/usr/bin/python3 -m venv --system-site-packages $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev]'
+	touch $@
+
+venv: $(VENV)/.installed
+
+lint: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Recipes, not prerequisites, keep the order (packages, venv, lint, tests) also under make -j.
+test:
+	$(MAKE) deps-test
+	$(MAKE) lint
+	$(PY) -m pytest
+
+lab:
+	$(MAKE) deps
+	$(MAKE) venv
+	$(VENV)/bin/coloebpf lab show
+
+bench:
+	$(MAKE) deps-test
+	$(MAKE) venv
+	$(PY) -m tests.bench
+
+vm-test:
+	$(MAKE) deps-test
+	$(MAKE) venv
+	$(PY) -m pytest tests/vm
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
