@@ -1,0 +1,57 @@
+"""The dataplane of the lab's two hosts: the same loader, programs and controls as on real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from coloebpf.control import Control, State
+from coloebpf.dataplane import Dataplane, NicSpec, Role, Sizes
+from coloebpf.lab.plan import HOSTS, PAIR, LabPlan
+from coloebpf.netns import inside
+
+BringUp = Callable[[LabPlan], None]
+
+ROLES = {"primary": Role.PRIMARY, "secondary": Role.SECONDARY}
+
+
+def bring_up(plan: LabPlan) -> None:
+    """Load and attach on both hosts, then put the pair in lock-step."""
+    # A process for each host: compiling takes seconds, and a real host has a loader of its own. Spawned, not forked, so
+    # that nothing of this process (sockets, signal handlers) is shared.
+    with ProcessPoolExecutor(max_workers=len(HOSTS), mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(attach, plan, host) for host in HOSTS]:
+            done.result()
+    # The secondary first: from the primary's change on, every packet waits for the SVM's.
+    for host in reversed(HOSTS):
+        with inside(plan.namespace(host)):
+            Control.open(plan.pin_dir(host)).set_state(PAIR, State.LOCKSTEP)
+
+
+def attach(plan: LabPlan, host: str) -> None:
+    """Load the programs for one host and hook them up in its namespace."""
+    with inside(plan.namespace(host)):
+        dataplane = Dataplane.load(plan.pin_dir(host), Sizes(mtu=plan.mtu))
+        for nic in plan.nic_list():
+            dataplane.attach(
+                NicSpec(nic=nic.nic, pair=PAIR, role=ROLES[host], vif=nic.vif, fwd=nic.fwd, vlan=nic.vlan, mac=nic.mac)
+            )
+
+
+def checkpoint(plan: LabPlan) -> dict[str, int]:
+    """A checkpoint by an engine that commits at once; returns the new epoch and how many packets were flushed."""
+    # An engine without a `suspended` of its own needs the careful order (docs/design.md, section 5).
+    with inside(plan.namespace("secondary")):
+        Control.open(plan.pin_dir("secondary")).clear_translations(PAIR)
+    with inside(plan.namespace("primary")):
+        control = Control.open(plan.pin_dir("primary"))
+        epoch = control.suspend(PAIR)
+        return {"epoch": epoch, "flushed": control.commit(PAIR)}
+
+
+def snapshot(plan: LabPlan, host: str) -> dict[str, Any]:
+    """Counters and states of one host."""
+    with inside(plan.namespace(host)):
+        return Control.open(plan.pin_dir(host)).snapshot()

@@ -1,0 +1,176 @@
+"""What a lab consists of: names, devices, addresses and paths. Nothing here touches the system."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coloebpf.errors import LabError
+
+RUN_ROOT = Path("/run/coloebpf/lab")
+PIN_ROOT = Path("/sys/fs/bpf/coloebpf/lab")
+
+NODES = ("client", "lan", "primary", "secondary", "pvm", "svm")
+HOSTS = ("primary", "secondary")
+GUESTS = ("pvm", "svm")
+# Where `lab exec` goes: the lan is a switch, nothing runs on it.
+EXEC_NODES = ("client", "primary", "secondary", "pvm", "svm")
+
+PAIR = 0  # the lab has one guest, so one pair, whatever the number of its NICs
+MAX_NICS = 64  # the dataplane's limit of NICs on a host
+MTUS = (1500, 9000)
+FIRST_VLAN = 100  # VLAN id of NIC 0 on a shared forward link
+FWD_HEADROOM = 8  # bytes above the guest's MTU: coloebpf's own tag and one of the guest's
+NAME_LENGTH = 32
+VIF_MAC = "fe:ff:ff:ff:ff:ff"  # as Xen's hotplug scripts do, so that no bridge takes its address from a vif
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+
+
+@dataclass(frozen=True)
+class End:
+    """One device: a node, the device's name there, and its MAC."""
+
+    node: str
+    device: str
+    mac: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """A veth pair."""
+
+    one: End
+    other: End
+    mtu: int
+
+
+@dataclass(frozen=True)
+class Nic:
+    """One NIC of the guest, with the device that it is on each host and the addresses of its subnet."""
+
+    nic: int
+    guest_device: str
+    mac: str
+    vif: str
+    fwd: str
+    vlan: int
+    client_v4: str
+    client_v6: str
+    guest_v4: str
+    guest_v6: str
+
+
+@dataclass(frozen=True)
+class LabPlan:
+    """A lab as it was asked for; everything else follows from it."""
+
+    name: str = "lab"
+    guests: str = "none"
+    nics: int = 1
+    vlan: bool = False
+    mtu: int = 1500
+    command: tuple[str, ...] = ()
+    run_root: Path = field(default=RUN_ROOT, repr=False)
+    pin_root: Path = field(default=PIN_ROOT, repr=False)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if self.guests not in ("none", "process"):
+            raise LabError(f"guests are 'none' or 'process', not {self.guests!r}")
+        if self.command and self.guests == "none":
+            raise LabError("bare guests run no command; use --guests process")
+        if not 1 <= self.nics <= MAX_NICS:
+            raise LabError(f"a lab's guest has 1 to {MAX_NICS} NICs, not {self.nics}")
+        if self.mtu not in MTUS:
+            raise LabError(f"the MTU is one of {MTUS}, not {self.mtu}")
+
+    @property
+    def talks(self) -> bool:
+        """Whether client and guests have addresses and a stack that answers."""
+        return self.guests == "process"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run_root / self.name
+
+    @property
+    def pin_base(self) -> Path:
+        return self.pin_root / self.name
+
+    def pin_dir(self, host: str) -> Path:
+        return self.pin_base / host
+
+    def namespace(self, node: str) -> str:
+        return f"colo-{self.name}-{node}"
+
+    def nic_list(self) -> list[Nic]:
+        return [self._nic(number) for number in range(self.nics)]
+
+    def _nic(self, number: int) -> Nic:
+        v6 = f"fd77:0:0:{number:x}" if number else "fd77"
+        return Nic(
+            nic=number,
+            guest_device=f"eth{number}",
+            mac=f"02:c0:10:00:00:{number:02x}",
+            vif=f"vif1.{number}",
+            fwd="fwd0" if self.vlan else f"fwd{number}",
+            vlan=FIRST_VLAN + number if self.vlan else 0,
+            client_v4=f"10.77.{number}.1",
+            client_v6=f"{v6}::1",
+            guest_v4=f"10.77.{number}.10",
+            guest_v6=f"{v6}::10",
+        )
+
+    def client(self) -> End:
+        return End("client", "eth0", "02:c0:10:01:00:01")
+
+    def bridges(self) -> list[End]:
+        """The switch, and each host's bridge; all are called br0."""
+        return [
+            End("lan", "br0", "02:c0:10:02:00:00"),
+            End("primary", "br0", "02:c0:10:02:01:00"),
+            End("secondary", "br0", "02:c0:10:02:02:00"),
+        ]
+
+    def bridge_ports(self) -> list[tuple[str, str]]:
+        """(node, device) of every port of a bridge."""
+        ports = [("lan", node) for node in ("client", *HOSTS)]
+        for host in HOSTS:
+            ports += [(host, "eth0"), *((host, nic.vif) for nic in self.nic_list())]
+        return ports
+
+    def links(self) -> list[Link]:
+        """Every veth pair: to the switch, from hosts to guests, and the forward links."""
+        lan = [
+            Link(self.client(), End("lan", "client", "02:c0:10:02:00:01"), self.mtu),
+            Link(End("primary", "eth0", "02:c0:10:02:01:01"), End("lan", "primary", "02:c0:10:02:00:02"), self.mtu),
+            Link(End("secondary", "eth0", "02:c0:10:02:02:01"), End("lan", "secondary", "02:c0:10:02:00:03"), self.mtu),
+        ]
+        vifs = [
+            Link(End(host, nic.vif, VIF_MAC), End(guest, nic.guest_device, nic.mac), self.mtu)
+            for host, guest in zip(HOSTS, GUESTS, strict=True)
+            for nic in self.nic_list()
+        ]
+        forward = {
+            nic.fwd: Link(
+                End("primary", nic.fwd, f"02:c0:10:03:01:{nic.nic:02x}"),
+                End("secondary", nic.fwd, f"02:c0:10:03:02:{nic.nic:02x}"),
+                self.mtu + FWD_HEADROOM,
+            )
+            for nic in reversed(self.nic_list())
+        }
+        return lan + vifs + list(reversed(forward.values()))
+
+    def devices(self, node: str) -> list[str]:
+        """The names of the lab's devices on `node`; a kernel may put tunnel devices of its own beside them."""
+        ends = [end for link in self.links() for end in (link.one, link.other)]
+        return [end.device for end in (*self.bridges(), *ends) if end.node == node]
+
+
+def check_name(name: str) -> str:
+    """`name` if it can be part of a namespace's and a directory's name."""
+    if not _NAME.fullmatch(name) or len(name) > NAME_LENGTH:
+        raise LabError(f"a lab's name is of a-z, 0-9 and '-', at most {NAME_LENGTH} characters; {name!r} isn't")
+    return name
