@@ -1,0 +1,96 @@
+"""The lab as the benchmark uses it: with coloebpf in both hosts, or as plain bridges."""
+
+from __future__ import annotations
+
+import subprocess
+from types import TracebackType
+from typing import Self
+
+from coloebpf.lab import commands
+from coloebpf.lab.commands import BringUp
+from coloebpf.lab.plan import LabPlan
+from coloebpf.netns import inside
+from tests.bench.errors import BenchError
+from tests.bench.feeder import Ports
+
+
+class BenchLab:
+    """A lab with bare guests, whose switches know where the client is."""
+
+    def __init__(self, name: str, bring_up: BringUp | None) -> None:
+        """Without `bring_up` the hosts are plain bridges, and the secondary's vif is in none.
+
+        What the svm sends then ends at its host: a run with both guests costs what feeding and bridging cost, and the
+        difference to the same run with coloebpf is what coloebpf adds.
+        """
+        self.plan = LabPlan(name=name, guests="none")
+        self._bring_up = bring_up
+
+    def __enter__(self) -> Self:
+        """Makes it; a rest of an aborted benchmark goes first."""
+        commands.down(self.plan)
+        commands.up(self.plan, self._bring_up)
+        try:
+            self._introduce_client()
+            if self._bring_up is None:
+                self._link("secondary", "set", self._vif, "nomaster")
+        except BaseException:
+            commands.down(self.plan)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Takes it down."""
+        commands.down(self.plan)
+
+    def ports(self) -> Ports:
+        """Where the feeder connects."""
+        nic, client, namespace = self.plan.nic_list()[0], self.plan.client(), self.plan.namespace
+        return Ports(
+            primary=f"{namespace('pvm')}:{nic.guest_device}",
+            secondary=f"{namespace('svm')}:{nic.guest_device}",
+            client=f"{namespace('client')}:{client.device}",
+            guest_mac=nic.mac,
+            client_mac=client.mac,
+        )
+
+    @property
+    def steering(self) -> str:
+        """The CPUs to which the primary's vif steers what it receives (a mask in hex)."""
+        return self._in_primary("cat", self._steering_file)
+
+    @steering.setter
+    def steering(self, cpus: str) -> None:
+        self._in_primary("sh", "-c", f"echo {cpus} > {self._steering_file}")
+
+    @property
+    def _vif(self) -> str:
+        return self.plan.nic_list()[0].vif
+
+    @property
+    def _steering_file(self) -> str:
+        return f"/sys/class/net/{self._vif}/queues/rx-0/rps_cpus"
+
+    def _introduce_client(self) -> None:
+        """The client never speaks; without these entries its frames would be flooded to both hosts."""
+        mac = self.plan.client().mac
+        for node, port in (("lan", "client"), ("primary", "eth0"), ("secondary", "eth0")):
+            with inside(self.plan.namespace(node)):
+                _command("bridge", "fdb", "replace", mac, "dev", port, "master", "static")
+
+    def _link(self, node: str, *arguments: str) -> None:
+        with inside(self.plan.namespace(node)):
+            _command("ip", "link", *arguments)
+
+    def _in_primary(self, *command: str) -> str:
+        # `ip netns exec` mounts the namespace's own /sys, which setns alone doesn't.
+        return _command("ip", "netns", "exec", self.plan.namespace("primary"), *command)
+
+
+def _command(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout.strip()
