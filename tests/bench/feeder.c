@@ -2,8 +2,8 @@
 /* The benchmark's two guests and their client in one process.
  *
  * Sends the same frames as the primary and as the secondary guest, hears what is released to the client, checks that
- * each came once and in order, and prints one JSON object. In the closed loop a line "mark" comes before it where the
- * measured part begins and where it ends, for whoever reads other meters at the same time.
+ * each came once and in order, and prints one JSON object. In the closed loop it marks where the measured part begins and ends, for
+ * whoever reads other meters (see mark() in port.h).
  *   closed loop (no --rate): as fast as it goes with at most --window frames unreleased
  *   open loop   (--rate R):  R frames a second, the secondary's --lag-us after the primary's (negative: before);
  *                            latency runs from the later of a frame's two writes to its reading at the client
@@ -38,17 +38,6 @@ static struct tx primary, secondary;
 static struct rx client, notes;
 static uint64_t notified;
 static atomic_bool stopping, done;
-
-static void pin(int cpu)
-{
-    cpu_set_t set;
-
-    if (cpu < 0)
-        return;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    must(sched_setaffinity(0, sizeof set, &set), "sched_setaffinity");
-}
 
 /* ---- sending -------------------------------------------------------------------------------------------------- */
 
@@ -234,14 +223,6 @@ static void open_loop(void)
 }
 
 /* ---- start ---------------------------------------------------------------------------------------------------- */
-
-static void parse_mac(uint8_t *mac, const char *text)
-{
-    if (sscanf(text, "%hhx:%hhx:%hhx:%hhx:%hhx:%hhx", mac, mac + 1, mac + 2, mac + 3, mac + 4, mac + 5) != 6) {
-        fprintf(stderr, "%s: not a MAC address\n", text);
-        exit(2);
-    }
-}
 
 static void parse(int argc, char **argv)
 {

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.errors import BenchError
+from tests.bench.native import Meter, build, options, run
 from tests.bench.workloads import Order, Pace, Workload
 
-SOURCES = Path(__file__).parent
-DEADLINE_S = 60.0  # for one run; the longest sends for 10 s
 FIRST_NET = 64 << 8  # client addresses 10.64.0.x; each run takes the next /24, so that all its flows are new
 FEEDER_CPU = 0
 OTHER_CPU = 1
-
-Meter = Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -91,16 +85,10 @@ class Run:
 class Feeder:
     """The compiled feeder; each run gets client addresses that no earlier run had."""
 
-    def __init__(self, directory: Path, compiler: str = "gcc") -> None:
+    def __init__(self, directory: Path) -> None:
         """Compiles into `directory`."""
-        if shutil.which(compiler) is None:
-            raise BenchError(f"{compiler} is missing, and the feeder is written in C: apt-get install gcc libc6-dev")
-        self._binary = directory / "feeder"
+        self._binary = build("feeder", directory)
         self._net = FIRST_NET
-        command = [compiler, "-O2", "-Wall", "-Wextra", "-pthread", "-o", str(self._binary), str(SOURCES / "feeder.c")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BenchError(f"feeder.c doesn't compile: {done.stderr.strip()}")
 
     def closed(
         self,
@@ -114,38 +102,18 @@ class Feeder:
         meter: Meter | None = None,
     ) -> Run:
         """As many frames as go through, at most `window` of them not yet released."""
-        args = _options(seconds=seconds, window=window, lead=order.lead, batch=order.batch)
+        args = options(seconds=seconds, window=window, lead=order.lead, batch=order.batch)
         if two_threads:
-            args += _options(secondary_cpu=OTHER_CPU)
+            args += options(secondary_cpu=OTHER_CPU)
         return self._run(ports, workload, args, meter)
 
     def paced(self, ports: Ports, workload: Workload, pace: Pace, *, seconds: float) -> Run:
         """A fixed number of frames a second; measures latency."""
-        return self._run(ports, workload, _options(seconds=seconds, rate=pace.rate, lag_us=pace.lag_us))
+        return self._run(ports, workload, options(seconds=seconds, rate=pace.rate, lag_us=pace.lag_us))
 
     def _run(self, ports: Ports, workload: Workload, extra: list[str], meter: Meter | None = None) -> Run:
         self._net += 1
-        common = _options(payload=workload.payload, flows=workload.flows, net=self._net, cpu=FEEDER_CPU)
+        common = options(payload=workload.payload, flows=workload.flows, net=self._net, cpu=FEEDER_CPU)
         command = [str(self._binary), *ports.arguments(), *common, *extra, *(["--tcp"] if workload.tcp else [])]
-        marks: list[Mapping[str, float]] = []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            last = ""
-            for line in process.stdout:
-                last = line
-                if meter and line.startswith("mark"):
-                    marks.append(meter())
-            try:
-                code = process.wait(DEADLINE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise BenchError(f"the feeder didn't end: {' '.join(command)}") from None
-            if code:
-                raise BenchError(f"the feeder failed: {process.stderr.read().strip()} ({' '.join(command)})")
-        meters = {k: marks[-1][k] - marks[0][k] for k in marks[0]} if len(marks) > 1 else {}
-        return Run(json.loads(last), meters)
-
-
-def _options(**values: float) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        line, meters = run(command, meter)
+        return Run(json.loads(line), meters)

@@ -39,6 +39,33 @@ static inline int must(int result, const char *what)
     return result;
 }
 
+static inline void pin(int cpu)
+{
+    cpu_set_t set;
+
+    if (cpu < 0)
+        return;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    must(sched_setaffinity(0, sizeof set, &set), "sched_setaffinity");
+}
+
+static inline void parse_mac(uint8_t *mac, const char *text)
+{
+    if (sscanf(text, "%hhx:%hhx:%hhx:%hhx:%hhx:%hhx", mac, mac + 1, mac + 2, mac + 3, mac + 4, mac + 5) != 6) {
+        fprintf(stderr, "%s: not a MAC address\n", text);
+        exit(2);
+    }
+}
+
+/* Tells the starter that the measured part begins or ends, and waits until it has read its meters. */
+static inline void mark(void)
+{
+    puts("mark");
+    fflush(stdout);
+    getchar();
+}
+
 /* One sending side. `next` is the id of the next frame to be written; the other thread reads it. */
 struct tx {
     int fd;

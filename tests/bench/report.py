@@ -48,73 +48,48 @@ def write_into(path: Path, report: str) -> None:
     path.write_text(before + section + after if begin and end else f"{old.rstrip()}\n\n{section}\n")
 
 
+def _section(title: str, caption: str, head: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """Nothing if there are no rows. `head` is split at its bars."""
+    return [f"## {title}", caption.strip(), table(head.split("|"), rows)] if rows else []
+
+
 def _aims(results: Results) -> list[str]:
     rows = []
     for aim in aims(results):
         bound = f"{'at most' if aim.at_most else 'at least'} {aim.bound:g}"
         rows.append((aim.what, bound, f"{aim.measured:.3g}", aim.where, "yes" if aim.met else "**no**"))
-    if not rows:
-        return []
-    return ["## Aims", captions.AIMS, table(("aim", "bound", "worst", "where", "met"), rows)]
+    return _section("Aims", captions.AIMS, "aim|bound|worst|where|met", rows)
 
 
 def _test_runs(results: Results) -> list[str]:
-    if not results.test_runs:
-        return []
     kinds = list(dict.fromkeys(run.kind for run in results.test_runs))
     hooks = list(dict.fromkeys(run.hook for run in results.test_runs))
     ns = {(run.hook, run.kind): f"{run.ns:.0f}" for run in results.test_runs}
     rows = [(hook, *(ns.get((hook, kind), "-") for kind in kinds)) for hook in hooks]
-    return ["## Hooks alone", captions.TEST_RUNS, table(("hook", *kinds), rows)]
+    return _section("Hooks alone", captions.TEST_RUNS, "|".join(("hook", *kinds)), rows)
 
 
 def _cpu_and_rate(results: Results) -> list[str]:
     rows = []
     for row in results.of(LAB):
         peer, bridge = results.rate(PEER, row.workload, row.order), results.rate(BRIDGE, row.workload)
-        rows.append(
-            (
-                row.workload,
-                row.order,
-                _us(peer.cpu_us if peer else None),
-                _us(row.cpu_us),
-                _ratio(row.cpu_us, peer and peer.cpu_us),
-                _kpps(peer),
-                _kpps(row),
-                _kpps(bridge),
-                _ratio(row.pps, bridge and bridge.pps),
-                _reordered(peer),
-                _reordered(row),
-            )
-        )
-    head = ("workload", "order", "peer us", "us", "of peer", "peer k/s", "k/s", "bridge k/s", "of bridge")
-    head += ("peer reordered", "reordered")
-    return (
-        [
-            "## CPU per compared packet, and packets/s",
-            captions.CPU_AND_RATE.format(floor=results.floor_ns),
-            table(head, rows),
-        ]
-        if rows
-        else []
-    )
+        peer_us = peer.cpu_us if peer else None
+        cpu = (_us(peer_us), _us(row.cpu_us), _ratio(row.cpu_us, peer_us))
+        rates = (_kpps(peer), _kpps(row), _kpps(bridge), _ratio(row.pps, bridge.pps if bridge else None))
+        rows.append((row.workload, row.order, *cpu, *rates, _reordered(peer), _reordered(row)))
+    head = "workload|order|peer us|us|of peer|peer k/s|k/s|bridge k/s|of bridge|peer reordered|reordered"
+    caption = captions.CPU_AND_RATE.format(floor=results.floor_ns)
+    return _section("CPU per compared packet, and packets/s", caption, head, rows)
 
 
 def _hooks(results: Results) -> list[str]:
     names = list(dict.fromkeys(name for row in results.of(LAB) for name in row.hooks))
-    rows = [
-        (
-            row.workload,
-            row.order,
-            *(f"{row.hooks[name].ns_per_packet:.0f} ({row.hooks[name].runs_per_packet:.2f})" for name in names),
-            f"{sum(row.hooks[name].ns_per_packet for name in COMPARING):.0f}",
-        )
-        for row in results.of(LAB)
-        if row.hooks
-    ]
-    return (
-        ["## Hooks under traffic", captions.HOOKS, table(("workload", "order", *names, "P2+P4"), rows)] if rows else []
-    )
+    rows = []
+    for row in (row for row in results.of(LAB) if row.hooks):
+        cells = [f"{row.hooks[name].ns_per_packet:.0f} ({row.hooks[name].runs_per_packet:.2f})" for name in names]
+        both = sum(row.hooks[name].ns_per_packet for name in COMPARING)
+        rows.append((row.workload, row.order, *cells, f"{both:.0f}"))
+    return _section("Hooks under traffic", captions.HOOKS, "|".join(("workload", "order", *names, "P2+P4")), rows)
 
 
 def _whole_machine(results: Results) -> list[str]:
@@ -122,9 +97,10 @@ def _whole_machine(results: Results) -> list[str]:
     for row in results.of(LAB):
         if bridge := results.rate(BRIDGE_BOTH, row.workload):
             added = row.busy_us - bridge.busy_us
-            rows.append((row.workload, row.order, f"{bridge.busy_us:.2f}", f"{row.busy_us:.2f}", f"{added:.2f}"))
-    head = ("workload", "order", "plain bridge", "coloebpf", "added")
-    return ["## CPU of the whole machine", captions.WHOLE_MACHINE, table(head, rows)] if rows else []
+            rows.append((row.workload, row.order, _us(bridge.busy_us), _us(row.busy_us), _us(added)))
+    return _section(
+        "CPU of the whole machine", captions.WHOLE_MACHINE, "workload|order|plain bridge|coloebpf|added", rows
+    )
 
 
 def _latency(results: Results) -> list[str]:
@@ -136,9 +112,8 @@ def _latency(results: Results) -> list[str]:
             cells = [f"{value:.1f}" for r in (peer, bridge, row) for value in (r.p50_us, r.p99_us)]
             ratios = [f"{added:.1f}", _ratio(added, peer.p50_us), _ratio(row.p50_us, peer.p50_us)]
             rows.append((row.workload, row.pace, *cells, *ratios, str(row.reordered + row.lost)))
-    head = ("workload", "pace", "peer p50", "peer p99", "bridge p50", "bridge p99", "p50", "p99", "added p50")
-    head += ("added of peer", "all of peer", "reordered or lost")
-    return ["## Latency", captions.LATENCY, table(head, rows)] if rows else []
+    head = "workload|pace|peer p50|peer p99|bridge p50|bridge p99|p50|p99|added p50|added of peer|all of peer"
+    return _section("Latency", captions.LATENCY, f"{head}|reordered or lost", rows)
 
 
 def _us(value: float | None) -> str:

@@ -54,10 +54,8 @@ class Suite:
     def bridge(self, workload: Workload) -> Iterator[Throughput]:
         """The primary's frames alone, which is what a bridge without coloebpf carries; then both guests'."""
         runs: list[Run] = []
-        for cpus in {
-            NO_STEERING: None,
-            self._lab.steering: None,
-        }:  # the better of plain, and steered like the lab's vif
+        # The better of two: as it comes, and steered like the lab's vif.
+        for cpus in dict.fromkeys((NO_STEERING, self._lab.steering)):
             self._plain.steering = cpus
             runs += self._quiet(partial(self._closed, self._plain, workload, LOCK_STEP, secondary=False))
         self._plain.steering = NO_STEERING

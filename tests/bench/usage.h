@@ -25,10 +25,13 @@ static inline struct usage usage_mark(uint64_t got)
 {
     unsigned long long user, nice, system, idle, iowait, irq, softirq, steal;
     double tick = 1.0 / sysconf(_SC_CLK_TCK);
-    struct usage u = { .at = now(), .got = got };
+    struct usage u = { .got = got };
     struct rusage r;
-    FILE *f = fopen("/proc/stat", "r");
+    FILE *f;
 
+    mark();
+    u.at = now();
+    f = fopen("/proc/stat", "r");
     if (!f || fscanf(f, "cpu %llu %llu %llu %llu %llu %llu %llu %llu", &user, &nice, &system, &idle, &iowait, &irq,
                      &softirq, &steal) != 8)
         fail("/proc/stat");
@@ -38,7 +41,5 @@ static inline struct usage usage_mark(uint64_t got)
     u.user = (user + nice) * tick;
     u.own_user = r.ru_utime.tv_sec + r.ru_utime.tv_usec * 1e-6;
     u.own = u.own_user + r.ru_stime.tv_sec + r.ru_stime.tv_usec * 1e-6;
-    puts("mark");
-    fflush(stdout);
     return u;
 }
