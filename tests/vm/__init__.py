@@ -1,0 +1,1 @@
+"""Runs commands under Debian 12's own kernel, in QEMU."""

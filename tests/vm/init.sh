@@ -1,0 +1,40 @@
+#!/bin/busybox sh
+# Process 1 of the guest (in the initramfs): puts a throw-away layer over the host's read-only root, runs /command in it,
+# and tells the host on the second serial port: "guest-up", the command's output, "guest-exit N".
+# $REPO and $MODULES come from /settings, which tests/vm/initramfs.py writes.
+export PATH=/bin
+/bin/busybox mkdir -p /proc /sys /dev /host /rw /root
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+. /settings
+
+say() { echo "$1" >/dev/ttyS1; }
+give_up() { say "guest-failed $1"; poweroff -f; }
+
+stty -F /dev/ttyS1 raw
+for module in /modules/*.ko; do
+    insmod "$module" || give_up "insmod $module"
+done
+mount -t virtiofs -o ro host /host || give_up "mount of the host's root"
+mount -t tmpfs tmpfs /rw && mkdir /rw/upper /rw/work || give_up "mount of the writable layer"
+mount -t overlay -o lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work overlay /root || give_up "mount of the overlay"
+cd /root
+mount -t proc proc proc
+mount -t sysfs sysfs sys
+mount -t bpf bpf sys/fs/bpf
+mount -t devtmpfs devtmpfs dev
+mkdir -p dev/pts dev/shm
+mount -t devpts devpts dev/pts
+for dir in dev/shm run tmp; do mount -t tmpfs tmpfs "$dir"; done
+# The host may keep this kernel's modules elsewhere than in /lib/modules (deploy/install-deps.sh unpacks them in .cache).
+[ -d "lib/modules/$(uname -r)" ] || mkdir -p "lib/modules/$(uname -r)"
+mount --bind "./$MODULES" "lib/modules/$(uname -r)" || give_up "bind mount of the modules"
+ip link set lo up
+cp /command tmp/command
+say guest-up
+env -i HOME=/root LANG=C.UTF-8 TERM=dumb PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    /bin/chroot /root /bin/bash -c "cd '$REPO' && source /tmp/command" </dev/null >/dev/ttyS1 2>&1
+say "guest-exit $?"
+poweroff -f
