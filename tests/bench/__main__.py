@@ -14,10 +14,13 @@ from pathlib import Path
 from coloebpf.errors import ColoError
 from tests.bench import machine, report
 from tests.bench.feeder import Feeder
-from tests.bench.lab import BenchLab, bring_up, programs
+from tests.bench.lab import BenchLab, bring_up
 from tests.bench.results import Results
 from tests.bench.suite import FULL, QUICK, Suite
+from tests.bench.testruns import TestRuns
 from tests.bench.workloads import COMMON, LATENCY, LOCK_STEP, MANY, ORDERS, PACES
+
+FRAMES, FRAMES_QUICK = 100_000, 5_000  # that a hook is shown for each figure
 
 
 def measure(results: Results, quick: bool) -> None:
@@ -27,8 +30,10 @@ def measure(results: Results, quick: bool) -> None:
         feeder = Feeder(directory)
         plain = stack.enter_context(BenchLab("benchplain", None))
         lab = stack.enter_context(BenchLab("bench", bring_up))
-        suite = Suite(feeder, plain, lab, programs(lab), QUICK if quick else FULL)
+        suite = Suite(feeder, plain, lab, QUICK if quick else FULL)
         results.floor_ns = suite.floor_ns
+        _say("hooks alone")
+        results.test_runs += TestRuns(lab, directory, FRAMES_QUICK if quick else FRAMES).all()
         for workload in COMMON:
             _say(workload.name)
             results.throughput += suite.bridge(workload)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import Self
 
-from coloebpf.lab import commands
+from coloebpf import bpfsys
+from coloebpf.dataplane import Sizes
+from coloebpf.lab import commands, hosts
 from coloebpf.lab.commands import BringUp
 from coloebpf.lab.plan import LabPlan
 from coloebpf.netns import inside
 from tests.bench.errors import BenchError
 from tests.bench.feeder import Ports
+
+
+FLOWS = 1 << 17  # the dataplane's table, so that 100,000 flows fit
+PROGRAMS = {
+    "primary": {"P1": "p1_mirror", "P2": "p2_output", "P3": "link_arrive", "P4": "link_deliver"},
+    "secondary": {"S1": "link_arrive", "S1 delivery": "link_deliver", "S2": "s2_output", "S3": "s3_isolate"},
+}  # as the report calls them: as the dataplane pins them
+
+bring_up: BringUp = partial(hosts.bring_up, sizes=Sizes(flows=FLOWS))
 
 
 class BenchLab:
@@ -25,6 +40,7 @@ class BenchLab:
         """
         self.plan = LabPlan(name=name, guests="none")
         self._bring_up = bring_up
+        self._programs: dict[tuple[str, str], int] = {}
 
     def __enter__(self) -> Self:
         """Makes it; a rest of an aborted benchmark goes first."""
@@ -43,6 +59,9 @@ class BenchLab:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Takes it down."""
+        for fd in self._programs.values():
+            os.close(fd)
+        self._programs.clear()
         commands.down(self.plan)
 
     def ports(self) -> Ports:
@@ -55,6 +74,19 @@ class BenchLab:
             guest_mac=nic.mac,
             client_mac=client.mac,
         )
+
+    def programs(self, host: str) -> Mapping[str, int]:
+        """The hooks of a host, as descriptors of the pinned programs."""
+        for name, pin in PROGRAMS[host].items():
+            if (host, name) not in self._programs:
+                self._programs[host, name] = bpfsys.obj_get(self.plan.pin_dir(host) / pin)
+        return {name: self._programs[host, name] for name in PROGRAMS[host]}
+
+    def ifindexes(self, host: str) -> Mapping[str, int]:
+        """Of the host's vif and of its forward device."""
+        nic = self.plan.nic_list()[0]
+        with inside(self.plan.namespace(host)):
+            return {"vif": socket.if_nametoindex(nic.vif), "fwd": socket.if_nametoindex(nic.fwd)}
 
     @property
     def steering(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.bench.errors import BenchError
@@ -33,12 +33,12 @@ def options(**values: float) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def run(command: list[str], meter: Meter | None = None) -> tuple[str, dict[str, float]]:
+def run(command: list[str], meter: Meter | None = None, pass_fds: Sequence[int] = ()) -> tuple[str, dict[str, float]]:
     """Runs it to its end: its last line, and how far the meter went between its marks."""
     readings: list[Mapping[str, float]] = []
     last = ""
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, pass_fds=pass_fds) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from coloebpf import bpfsys
 from tests.bench.errors import BenchError
 
-SYS_BPF = {"x86_64": 321, "aarch64": 280}
 BPF_PROG_LOAD = 5
-BPF_PROG_TEST_RUN = 10
 BPF_OBJ_GET_INFO_BY_FD = 15
 BPF_ENABLE_STATS = 32  # the statistics are on while its descriptor is open: nothing is left switched on by a crash
 BPF_STATS_RUN_TIME = 0
@@ -20,11 +19,13 @@ BPF_PROG_TYPE_SCHED_CLS = 3
 RETURN_ZERO = bytes.fromhex("b7000000000000009500000000000000")  # r0 = 0; exit
 FLOOR_RUNS = 1_000_000
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 class _InfoAttr(ctypes.Structure):
     _fields_ = [("fd", ctypes.c_uint32), ("length", ctypes.c_uint32), ("info", ctypes.c_uint64)]
+
+
+class _StatsAttr(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_uint32)]
 
 
 class _LoadAttr(ctypes.Structure):
@@ -33,19 +34,6 @@ class _LoadAttr(ctypes.Structure):
         ("instructions", ctypes.c_uint32),
         ("code", ctypes.c_uint64),
         ("license", ctypes.c_uint64),
-    ]
-
-
-class _TestAttr(ctypes.Structure):
-    _fields_ = [
-        ("fd", ctypes.c_uint32),
-        ("retval", ctypes.c_uint32),
-        ("size_in", ctypes.c_uint32),
-        ("size_out", ctypes.c_uint32),
-        ("data_in", ctypes.c_uint64),
-        ("data_out", ctypes.c_uint64),
-        ("repeat", ctypes.c_uint32),
-        ("duration", ctypes.c_uint32),
     ]
 
 
@@ -102,28 +90,20 @@ class Spent:
         return Spent(self.ns - earlier.ns, self.runs - earlier.runs)
 
 
-def _bpf(command: int, attr: ctypes.Structure | ctypes.Array[ctypes.c_uint32], what: str) -> int:
-    number = SYS_BPF.get(os.uname().machine)
-    if number is None:
-        raise BenchError(f"the number of bpf(2) on {os.uname().machine} isn't known here")
-    result: int = _libc.syscall(number, command, ctypes.byref(attr), ctypes.sizeof(attr))
-    if result < 0:
-        raise BenchError(f"{what}: {os.strerror(ctypes.get_errno())}")
-    return result
-
-
 def spent(prog_fd: int) -> Spent:
     """What the kernel has counted for this program."""
     info = _ProgInfo()
-    attr = _InfoAttr(prog_fd, ctypes.sizeof(info), ctypes.addressof(info))
-    _bpf(BPF_OBJ_GET_INFO_BY_FD, attr, "information about a BPF program")
+    bpfsys.bpf(BPF_OBJ_GET_INFO_BY_FD, _InfoAttr(prog_fd, ctypes.sizeof(info), ctypes.addressof(info)))
     return Spent(info.run_time_ns, info.run_cnt)
 
 
 @contextmanager
 def counting() -> Iterator[None]:
     """Run-time statistics of all programs are on meanwhile. They cost each run two readings of the clock."""
-    fd = _bpf(BPF_ENABLE_STATS, (ctypes.c_uint32 * 1)(BPF_STATS_RUN_TIME), "BPF run-time statistics")
+    try:
+        fd = bpfsys.bpf(BPF_ENABLE_STATS, _StatsAttr(BPF_STATS_RUN_TIME))
+    except OSError as error:
+        raise BenchError(f"the kernel won't count the run time of BPF programs: {error.strerror}") from error
     try:
         yield
     finally:
@@ -139,17 +119,21 @@ def meter(prog_fds: Mapping[str, int]) -> dict[str, float]:
     return values
 
 
-def floor_ns() -> float:
-    """What the accounting itself adds to each run: the mean of a program that does nothing."""
-    code, licence, frame = ctypes.create_string_buffer(RETURN_ZERO), ctypes.create_string_buffer(b"GPL"), bytes(64)
+@contextmanager
+def empty_program() -> Iterator[int]:
+    """A tc program that does nothing: what is counted for it, counting costs."""
+    code, licence = ctypes.create_string_buffer(RETURN_ZERO), ctypes.create_string_buffer(b"GPL")
     load = _LoadAttr(BPF_PROG_TYPE_SCHED_CLS, len(RETURN_ZERO) // 8, ctypes.addressof(code), ctypes.addressof(licence))
-    fd = _bpf(BPF_PROG_LOAD, load, "loading an empty program")
+    fd = bpfsys.bpf(BPF_PROG_LOAD, load)
     try:
-        data = ctypes.create_string_buffer(frame)
-        test = _TestAttr(fd, 0, len(frame), 0, ctypes.addressof(data), 0, FLOOR_RUNS, 0)
-        with counting():
-            _bpf(BPF_PROG_TEST_RUN, test, "running an empty program")
-            used = spent(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+def floor_ns() -> float:
+    """What the accounting itself adds to each run of a program, on the average of many in a row."""
+    with empty_program() as fd, counting():
+        bpfsys.test_run(fd, bytes(64), repeat=FLOOR_RUNS)
+        used = spent(fd)
     return used.ns / used.runs

@@ -22,7 +22,7 @@ PEER_WINDOWS = (
     320,
     900,
 )  # frames in flight; which one suits colo-compare differs between workloads, it gets the better
-COMPARING = ("p2_output", "p4_prove")  # the hooks that do what colo-compare does
+COMPARING = ("P2", "P4")  # the hooks that do what colo-compare does
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,12 @@ QUICK = Effort(0.7, 1)
 class Suite:
     """Both topologies are up all the time and take turns, so that a change of the machine's mood favours none."""
 
-    def __init__(
-        self, feeder: Feeder, plain: BenchLab, lab: BenchLab, programs: Mapping[str, int], effort: Effort
-    ) -> None:
-        """`programs` are the lab's hooks by name, as descriptors."""
+    def __init__(self, feeder: Feeder, plain: BenchLab, lab: BenchLab, effort: Effort) -> None:
+        """`plain` has no programs."""
         self._feeder = feeder
         self._plain = plain
         self._lab = lab
-        self._programs = programs
+        self._programs = {**lab.programs("primary"), **lab.programs("secondary")}
         self._effort = effort
         self.floor_ns = progstats.floor_ns()
 

@@ -32,7 +32,7 @@ def rate(system: str, workload: str, pps: float, cpu_us: float | None = None, **
         "runs": 1,
         "other_cores": 0.0,
     }
-    hooks = {"p2_output": Hook(300, 1), "p4_prove": Hook(400, 1)} if system == LAB else {}
+    hooks = {"P2": Hook(300, 1), "P4": Hook(400, 1)} if system == LAB else {}
     return Throughput(
         system=system, workload=workload, pps=pps, cpu_us=cpu_us, hooks=hooks, **(fixed | NOTHING_WRONG | counts)
     )
@@ -74,8 +74,8 @@ def test_a_row_takes_the_best_rate_and_sums_what_went_wrong() -> None:
 
 
 def test_hooks_are_per_packet_and_without_the_accounting() -> None:
-    measured = Run(run(100).counts, {"p2_output_ns": 50_000, "p2_output_runs": 200})
-    assert hooks_of(measured, floor_ns=40) == {"p2_output": Hook(ns_per_packet=420, runs_per_packet=2)}
+    measured = Run(run(100).counts, {"P2_ns": 50_000, "P2_runs": 200})
+    assert hooks_of(measured, floor_ns=40) == {"P2": Hook(ns_per_packet=420, runs_per_packet=2)}
 
 
 def test_aims(results: Results) -> None:

@@ -3,9 +3,9 @@
  *
  * A run with `repeat` would show a hook the same frame again and again: one flow, one sequence number, and after the
  * first time a retransmission. Here each frame is a run of its own, and goes through all steps before the next one:
- *   --step skb:PIN:IFINDEX:WHO   a tc program, as if the frame were at this device
- *   --step xdp:PIN:IFINDEX:WHO   an XDP program with live frames: what it passes goes on through the device's stack
- * WHO sends the frame: primary, secondary or client. Marks where each flow has had its first frames, and the end: what the programs took
+ *   --step skb:FD:IFINDEX:WHO   a tc program, as if the frame were at this device
+ *   --step xdp:FD:IFINDEX:WHO   an XDP program with live frames: what it passes goes on through the device's stack
+ * FD is a program that the starter left open. WHO sends the frame: primary, secondary or client. Marks where each flow has had its first frames, and the end: what the programs took
  * in between, the kernel has counted (bpf_prog_info).
  */
 #include "port.h"
@@ -31,25 +31,18 @@ static uint32_t step_count;
 static struct template templates[2];
 static uint8_t frame[FRAME_MAX];
 
-static int open_pin(const char *path)
-{
-    union bpf_attr attr = { .pathname = (uint64_t)(uintptr_t)path };
-
-    return must(syscall(SYS_bpf, BPF_OBJ_GET, &attr, sizeof attr), path);
-}
-
 static void add_step(char *text)
 {
     static const char *senders[] = { "primary", "secondary", "client" };
-    char *kind = strtok(text, ":"), *pin = strtok(NULL, ":"), *ifindex = strtok(NULL, ":"), *who = strtok(NULL, ":");
+    char *kind = strtok(text, ":"), *program = strtok(NULL, ":"), *ifindex = strtok(NULL, ":"), *who = strtok(NULL, ":");
     struct step *step = &steps[step_count++];
 
     if (!who || step_count > STEPS_MAX) {
-        fprintf(stderr, "testrun: a step is skb|xdp:PIN:IFINDEX:WHO, and there are %d at most\n", STEPS_MAX);
+        fprintf(stderr, "testrun: a step is skb|xdp:FD:IFINDEX:WHO, and there are %d at most\n", STEPS_MAX);
         exit(2);
     }
     step->xdp = !strcmp(kind, "xdp");
-    step->program = open_pin(pin);
+    step->program = atoi(program);
     step->ifindex = atoi(ifindex);
     while (strcmp(who, senders[step->sender]))
         if (++step->sender > CLIENT) {
