@@ -65,6 +65,7 @@ fetch_vm_kernel() {
     (cd "$cache/download" && apt -o APT::Sandbox::User=root download "$package")
     dpkg-deb -x "$cache"/download/*.deb "$cache"
     rm -r "$cache/download"
+    depmod -b "$cache" "${package#linux-image-}"
 }
 
 case "${1:-lab}" in

@@ -34,7 +34,11 @@ mount --bind "./$MODULES" "lib/modules/$(uname -r)" || give_up "bind mount of th
 ip link set lo up
 cp /command tmp/command
 say guest-up
-env -i HOME=/root LANG=C.UTF-8 TERM=dumb PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-    /bin/chroot /root /bin/bash -c "cd '$REPO' && source /tmp/command" </dev/null >/dev/ttyS1 2>&1
-say "guest-exit $?"
-poweroff -f
+# This very process changes its root: kernel threads share it, and look for modprobe there when a module is to be loaded.
+exec env -i HOME=/root LANG=C.UTF-8 TERM=dumb PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    /bin/chroot /root /bin/bash -c '
+        cd "$1"
+        (source /tmp/command) </dev/null >/dev/ttyS1 2>&1
+        echo "guest-exit $?" >/dev/ttyS1
+        busybox poweroff -f
+    ' init "$REPO"

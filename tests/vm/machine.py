@@ -77,7 +77,7 @@ def _run_once(kernel: Kernel, command: str, repo: Path, work_dir: Path, timeout_
             if ended:
                 raise VmError(f"the machine ended without a result\n{_said(work_dir)}")
             if up_at is None and now - start > BOOT_LIMIT_S:
-                raise BootStallError(f"init was not up after {BOOT_LIMIT_S} s\n{_said(work_dir)}")
+                raise BootStallError(f"init was not up after {BOOT_LIMIT_S:g} s\n{_said(work_dir)}")
             if up_at is not None and now - up_at > timeout_s:
                 raise VmError(f"the command was not done after {timeout_s:g} s\n{_said(work_dir)}")
             time.sleep(POLL_S)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm import machine
 from tests.vm.conftest import REPO, RunInVm
 from tests.vm.initramfs import Kernel, find_kernel
 from tests.vm.machine import VmError
@@ -68,3 +69,13 @@ def test_find_kernel_takes_the_newest_that_has_modules(tmp_path: Path) -> None:
     assert found is not None
     assert found.release == "6.1.0-56-cloud-amd64"
     assert find_kernel((tmp_path / "empty",)) is None
+
+
+def test_a_boot_that_stalls_is_tried_again_and_then_told(
+    in_vm: RunInVm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "BOOT_LIMIT_S", 0.3)
+    with pytest.raises(machine.BootStallError, match=r"not up after 0\.3 s"):
+        in_vm("true", 5)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["boot1", "boot2", "boot3"]
+    assert machines_of(tmp_path) == []
