@@ -1,0 +1,67 @@
+/* Limits, names and numbers of the dataplane. Each has its unit and its reason; the loader may override what is in #ifndef. */
+
+#define MAX_NICS 64u   /* guest NICs a host carries; small, every map of theirs is an array */
+#define MAX_PAIRS 64u  /* protected guests a host takes part in */
+#define MAX_LINKS 128u /* (device, VLAN) of forward links; two tries per NIC leave room */
+
+#ifndef SLOT_SHIFT
+#define SLOT_SHIFT 11 /* 2 KiB: an MTU of 1,500, two VLAN tags and the Ethernet header fit; 14 for 9,000 */
+#endif
+#define SLOT_BYTES (1u << SLOT_SHIFT)
+#define SLOT_PAD 512u /* behind the slot's bytes: a helper that reads 512 bytes from anywhere inside stays inside */
+#define MAX_FRAME 0x7fffu /* bytes of a frame that are ever looked at; power of two less one, the verifier's limit is 0xffff */
+#ifndef MAX_SLOTS
+#define MAX_SLOTS 8192u /* power of two; 65,536 records of 64 bytes are the 4 MiB that one map value may have */
+#endif
+#ifndef MAX_FLOWS
+#define MAX_FLOWS 65536u /* power of two, at most 2^20: a flow's number shares 32 bits with 12 of its generation */
+#endif
+#define FLOW_BITS 20
+#define NONE 0xffffffffu /* no slot, no flow */
+
+#define MAX_FIFO 1024u     /* records a flow may hold or park a side */
+#define WALK 128           /* records that a search in a list looks at: what the verifier can follow (a million instructions a program) */
+#define FIFO_HIGH 768u     /* a flow asks for a checkpoint from here on: three quarters leave time for one */
+#define SLOTS_LOW (MAX_SLOTS / 4) /* the slab asks for a checkpoint when no more than these are free */
+#ifndef DRAIN_STEPS
+#define DRAIN_STEPS 16     /* steps of one drain run (again what the verifier can follow); it tail-calls itself, up to the kernel's 33 times */
+#endif
+#define MAX_SEGMENTS 66    /* of a super-packet; 64 KiB of an MSS of 1,220 (IPv6's least) are 54 */
+#ifndef GSO_BATCH
+#define GSO_BATCH 2        /* segments of one split run, likewise */
+#endif
+
+/* Keys of the hash, one for each 4 bytes: no two positions of a range that is compared in one go may share one. */
+#define STREAM_WORDS 4096u /* TCP: 16 KiB of stream, more than any segment, and 32 KiB stay in the cache */
+#define DGRAM_WORDS 16384u /* datagrams reach 64 KiB */
+#define HASH_PAD 8u        /* the first keys again behind the last, so that four words are read without a wrap */
+#ifndef HASH_ROUNDS
+#define HASH_ROUNDS 48u    /* of 32 bytes: the longest frame, 1,522 */
+#endif
+#define EMIT_STALE_NS 20000000ull /* 20 ms: a released packet that has not come back through the vif by then was dropped by the stack */
+#define MS 1000000ull
+#define SEC 1000000000ull
+#define IDLE_CLOSED (10 * SEC)    /* connection that ended: long enough for a retransmitted FIN */
+#define IDLE_HALF_OPEN (60 * SEC) /* handshake never finished: longer than the SYN's retransmissions are apart */
+#define IDLE_TCP (7200 * SEC)     /* established: two hours, RFC 1122's keep-alive interval; live ones are not forgotten */
+#define IDLE_OTHER (30 * SEC)     /* datagrams: as conntrack has it */
+
+/* frames */
+#define ETH_P_8021Q_ 0x8100
+#define ETH_P_8021AD_ 0x88a8
+#define ETH_P_IP_ 0x0800
+#define ETH_P_IPV6_ 0x86dd
+#define ETH_P_ARP_ 0x0806
+#define TAG_PRESENT 0x1000u /* in flow_key.vlan: a tag is there; the bit is DEI's place, which is not compared */
+#define TAG_AD 0x8000u      /* in flow_key.vlan: it is an 802.1ad tag */
+#define MAX_EXT 6           /* IPv6 extension headers that are followed; RFC 8200 orders at most 6 different ones */
+#define TCP_FIN 0x01u
+#define TCP_SYN 0x02u
+#define TCP_RST 0x04u
+#define TCP_PSH 0x08u
+#define TCP_ACK 0x10u
+#define TCP_URG 0x20u
+
+/* __sk_buff verdicts */
+#define VERDICT_PASS (-1) /* TC_ACT_UNSPEC: the next filter, the bridge */
+#define VERDICT_DROP 2    /* TC_ACT_SHOT */

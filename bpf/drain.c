@@ -1,0 +1,209 @@
+/* Matching and releasing: the one program that sends what was held. P2, P4, a released packet that comes back and the flush tail-call it after they
+ * made themselves the flow's owner (bpf/flow.h). It works in steps and tail-calls itself when they don't suffice. */
+
+#define CB_FLOW 0   /* in skb->cb: flow number */
+#define CB_MODE 1   /* MODE_* */
+#define CB_OWN 2    /* P2: records that its super-packet was split into, the last ones of the list; 0: none */
+#define CB_STAGED 3 /* 1: the vessel carries a packet that has not been sent */
+#define CB_GENERATION CB_MODE /* split: the flow's generation */
+#define CB_SEGMENT CB_STAGED  /* split: the number of the next segment */
+#define CB_PARTIAL 4 /* offset of the TCP or UDP header of a CHECKSUM_PARTIAL vessel */
+
+int drain(struct __sk_buff *skb)
+{
+	u32 zero = 0, index = skb->cb[CB_FLOW], mode = skb->cb[CB_MODE], own = skb->cb[CB_OWN], staged = skb->cb[CB_STAGED];
+	u32 cpu = bpf_get_smp_processor_id();
+	u64 now = bpf_ktime_get_ns();
+	struct flow *f = flows.lookup(&index);
+	struct held_table *t = held.lookup(&zero);
+	struct hash_keys *keys = hash_keys.lookup(&zero);
+	struct place at;
+	u32 matching = 1;
+	bool more = true;
+
+	if (!f || !t || !keys || !place_of_id(&at, f->key.nic))
+		return VERDICT_DROP; /* never: P2 and P4 have just looked them up */
+	u32 id = at.nic->id, vif = at.nic->vif, tag = flow_tag(index, f->generation);
+	struct histogram *waited = holding.lookup(&id);
+	struct scratch *notes = scratch.lookup(&zero);
+	if (!waited || !notes)
+		return VERDICT_DROP;
+
+	if (mode & MODE_CLONE_FIRST) {
+		bpf_spin_lock(&f->lock);
+		f->in_flight++;
+		f->emit_cpu = cpu;
+		f->emit_ns = now;
+		bpf_spin_unlock(&f->lock);
+		if (bpf_clone_redirect(skb, vif, BPF_F_INGRESS))
+			drop(&at, DROP_EMIT);
+		mode &= ~MODE_CLONE_FIRST;
+	}
+	if (at.state == LOCKSTEP && f->epoch != at.epoch) {
+		bpf_spin_lock(&f->lock);
+		rebase(f, at.epoch);
+		bpf_spin_unlock(&f->lock);
+	}
+
+#pragma nounroll
+	for (int i = 0; i < DRAIN_STEPS; i++) {
+		u32 used = NONE, out = NONE, ack = 0, spare = NONE;
+		u16 win = 0;
+
+		matching = forget(notes, 4, matching); /* one state at the top of each step, whatever the last one did */
+		staged = forget(notes, 5, staged);
+		own = forget(notes, 6, own);
+		if (matching) {
+			struct finding found = {};
+			u32 s = f->s_head;
+			if (s != NONE && at.state == LOCKSTEP && record(t, s)->epoch != f->epoch) {
+				used = s; /* the old SVM's */
+				bpf_spin_lock(&f->lock);
+				s_unlink_head(f, t);
+				bpf_spin_unlock(&f->lock);
+			} else if (f->key.kind != KIND_TCP || at.state != LOCKSTEP || match_stream(f, t, notes, keys, &found, &used) == STEP_WAIT) {
+				matching = 0;
+			}
+			if (used != NONE) {
+				at.count->svm_unparked++;
+				give_slot(used);
+			}
+			if (found.any) {
+				at.count->divergences[found.reason & 15]++;
+				tell(&at, EVENT_DIVERGENCE, found.reason, index, &f->key, found.offset, found.pvm, found.svm);
+			}
+			if (matching)
+				continue;
+		}
+
+		bool owed = f->key.kind == KIND_TCP && (f->flags & FLOW_BASED) && owes_ack(f) && at.state == LOCKSTEP;
+		if (owed)
+			spare = take_slot(&at);
+		u32 seq = 0, ts_known = 0, verdict = 0;
+		struct held *h = NULL;
+		bpf_spin_lock(&f->lock);
+		u32 head = f->p_head;
+		if (at.state == HALTED) {
+			verdict = 0;
+		} else if (own && f->p_count == own && f->p_proven == own && may_pass(f, now)) {
+			verdict = 3; /* the whole super-packet is proven and first: it passes as it came */
+		} else if (head != NONE && (at.state == PASSTHROUGH || releasable(f, record(t, head))) && may_emit(f, cpu, now)) {
+			h = record(t, head);
+			account_release(f, h, &ack, &win);
+			p_unlink_head(f, t);
+			out = head;
+			verdict = 1;
+		} else if (spare != NONE && owes_ack(f) && may_emit(f, cpu, now)) {
+			ack = seq_lt(f->s_ack, f->p_ack) ? f->s_ack : f->p_ack;
+			win = f->s_win < f->p_win ? f->s_win : f->p_win;
+			if (seq_lt(f->c_ack, ack))
+				f->c_ack = ack;
+			ack = f->c_ack;
+			f->c_win = win;
+			seq = f->proven;
+			ts_known = f->ts_known;
+			verdict = 2;
+		}
+		if (verdict == 1 || verdict == 2) {
+			f->in_flight++;
+			f->emit_cpu = cpu;
+			f->emit_ns = now;
+		} else if (f->work && verdict == 0) {
+			f->work = 0;
+			verdict = 4;
+		} else if (verdict == 0) {
+			f->owner = 0;
+		}
+		bpf_spin_unlock(&f->lock);
+
+		if (spare != NONE && verdict != 2)
+			give_slot(spare);
+		if (verdict == 0) {
+			more = false;
+			break;
+		}
+		if (verdict == 4) {
+			matching = 1;
+			continue;
+		}
+		if (verdict == 3) {
+			skb->cb[CB_FLOW] = index;
+			tc_stages.call(skb, STAGE_PASS);
+			return VERDICT_DROP;
+		}
+		if (verdict == 2) {
+			out = spare;
+			h = record(t, out);
+			at.count->owed_acks++;
+		}
+		struct slot *slot = slab.lookup(&out);
+		if (!slot || !h)
+			return VERDICT_DROP;
+		if (verdict == 2) {
+			build_ack(slot, h, &f->key, f->guest_mac, seq, ack, win, ts_known, f->ts_val, f->ts_ecr);
+			h->hash = f->hash;
+		} else {
+			if ((h->flags & HELD_ACKS) && (h->ack != ack || h->win != win)) {
+				lower(slot, h, ack, win);
+				at.count->lowered++;
+			}
+			if (f->key.kind == KIND_TCP)
+				note_timestamps(f, slot, h);
+			u64 ns = now - h->since_ns, log = 0;
+#pragma unroll
+			for (int s = 5; s >= 0; s--) /* log2 */
+				if (ns >> (1u << s)) {
+					ns >>= 1u << s;
+					log += 1u << s;
+				}
+			waited->bucket[log & 63]++;
+			at.count->unheld_packets++;
+			at.count->released_packets++;
+			at.count->released_bytes += h->len;
+			if (h->epoch != f->epoch || at.state == PASSTHROUGH) {
+				matching = 1; /* it moved the stream on */
+				at.count->committed_packets++;
+			} else {
+				at.count->compared_packets++;
+				at.count->compared_bytes += h->len - h->payload;
+			}
+		}
+		if ((mode & MODE_PARTIAL) && h->l4 == skb->cb[CB_PARTIAL]) { /* the kernel will add the rest */
+			u32 o = h->l4 + (f->key.proto == IPPROTO_TCP ? 16 : 6);
+			BOUND(o, SLOT_BYTES - 1);
+			if (h->l4 >= 34)
+				*(u16 *)(slot->byte + o) = fold(pseudo_sum(&f->key, h->len - h->l4));
+		}
+		if (staged && bpf_clone_redirect(skb, vif, BPF_F_INGRESS))
+			drop(&at, DROP_EMIT);
+		staged = load_vessel(skb, &at, slot, h, tag);
+		own = 0; /* it is no longer the packet it came as */
+		if (!staged)
+			drop(&at, DROP_EMIT);
+		give_slot(out);
+		if (staged && (mode & MODE_NO_REDIRECT)) {
+			if (bpf_clone_redirect(skb, vif, BPF_F_INGRESS))
+				drop(&at, DROP_EMIT);
+			staged = 0;
+		}
+	}
+
+	if (more) {
+		skb->cb[CB_MODE] = mode;
+		skb->cb[CB_OWN] = own;
+		skb->cb[CB_STAGED] = staged;
+		tc_stages.call(skb, STAGE_DRAIN);
+		/* The kernel's 33 tail calls were not enough. What was sent comes back through the vif and goes on (come_back()); if nothing was,
+		 * user space runs `flush`, and the next packet of the flow goes on too. */
+		bpf_spin_lock(&f->lock);
+		f->owner = 0;
+		f->work = 1;
+		bool alone = !f->in_flight;
+		bpf_spin_unlock(&f->lock);
+		if (alone) {
+			at.count->kicks++;
+			tell(&at, EVENT_KICK, 0, index, &f->key, 0, 0, 0);
+		}
+	}
+	return staged ? bpf_redirect(vif, BPF_F_INGRESS) : VERDICT_DROP;
+}

@@ -1,0 +1,259 @@
+/* Flows and the slots linked to them: taking, giving back, the two lists of a flow. Who may touch what:
+ *
+ * - A flow's fields and the records of its slots are changed under the flow's lock. There is no other lock and no nesting, so no deadlock.
+ * - Matching and releasing belong to one program at a time, the flow's owner (`flow->owner`, taken and given up under the lock). Whoever finds an
+ *   owner appends its record, sets `flow->work` and leaves. The owner gives up only under the lock and only when `work` is clear, so what was
+ *   appended before is seen by the owner, and what is appended after finds no owner: no wake-up is lost, nothing is released twice.
+ * - The owner may read records without the lock: others only append, and a record's bytes in the slab never change once it is linked.
+ * - A flow's place in `flows` is never freed, only given another generation under its lock. A program that found the place before that sees the other
+ *   generation under the lock and leaves it alone. (Elements of a kernel hash map could be reused under its feet.) */
+
+/* A free slot of the slab, or NONE. */
+static __always_inline u32 take_slot(const struct place *at)
+{
+	u32 index;
+	if (free_slots.pop(&index)) {
+		drop(at, DROP_NO_SLOT);
+		return NONE;
+	}
+	gauge_add(GAUGE_SLOTS_USED, 1);
+	return index;
+}
+
+static __always_inline void give_slot(u32 index)
+{
+	if (index >= MAX_SLOTS)
+		return;
+	free_slots.push(&index, 0);
+	gauge_add(GAUGE_SLOTS_USED, -1);
+}
+
+/* The slab is filling up: say so once until it has fallen again. */
+static __always_inline void watch_slab(const struct place *at)
+{
+	u32 which = GAUGE_LOW_TOLD;
+	u64 used = gauge(GAUGE_SLOTS_USED), *told = gauges.lookup(&which);
+	if (!told)
+		return;
+	if (used <= MAX_SLOTS - SLOTS_LOW) {
+		if (*told && used < MAX_SLOTS / 2)
+			*told = 0;
+		return;
+	}
+	if (!*told) {
+		*told = 1;
+		at->count->high_waters++;
+		tell(at, EVENT_HIGH_WATER, DROP_NO_SLOT, NONE, NULL, used, 0, 0);
+	}
+}
+
+static __always_inline struct held *record(struct held_table *t, u32 index) { return &t->at[index & (MAX_SLOTS - 1)]; }
+
+/* PVM list, in the PVM's order. Under the lock. */
+static __always_inline void p_append(struct flow *f, struct held_table *t, u32 index)
+{
+	struct held *h = record(t, index);
+	h->next = NONE;
+	if (f->p_tail == NONE)
+		f->p_head = index;
+	else
+		record(t, f->p_tail)->next = index;
+	f->p_tail = index;
+	f->p_count++;
+	if (h->flags & HELD_PROVEN)
+		f->p_proven++;
+	else if (f->p_next == NONE && h->type <= HELD_RST)
+		f->p_next = index;
+}
+
+static __always_inline void p_unlink_head(struct flow *f, struct held_table *t)
+{
+	struct held *h = record(t, f->p_head);
+	if (f->p_next == f->p_head)
+		f->p_next = h->next;
+	if (h->flags & HELD_PROVEN)
+		f->p_proven--;
+	f->p_head = h->next;
+	if (f->p_head == NONE)
+		f->p_tail = NONE;
+	f->p_count--;
+}
+
+/* SVM list. Streams keep it by position, so that a retransmission fills its gap; the rest appends. False: it tells nothing new. Under the lock. */
+static __always_inline bool s_insert(struct flow *f, struct held_table *t, u32 index)
+{
+	struct held *h = record(t, index);
+	u32 before = f->s_tail;
+
+	if (before != NONE && h->type == HELD_DATA) {
+		struct held *tail = record(t, before);
+		if (tail->type == HELD_DATA && seq_lt(h->from, tail->end)) {
+			u32 here = f->s_head;
+			bool placed = false;
+			before = NONE;
+#pragma nounroll
+			for (int i = 0; i < WALK; i++) {
+				struct held *r = record(t, here);
+				if (here == NONE || seq_lt(h->from, r->from)) {
+					placed = true;
+					break;
+				}
+				if (seq_le(h->end, r->end))
+					return false;
+				before = here;
+				here = r->next;
+			}
+			if (!placed)
+				return false; /* too deep in a long list; the SVM sends it again */
+		}
+	}
+	if (before == NONE) {
+		h->next = f->s_head;
+		f->s_head = index;
+	} else {
+		struct held *r = record(t, before);
+		h->next = r->next;
+		r->next = index;
+	}
+	if (h->next == NONE)
+		f->s_tail = index;
+	f->s_count++;
+	return true;
+}
+
+static __always_inline void s_unlink_head(struct flow *f, struct held_table *t)
+{
+	f->s_head = record(t, f->s_head)->next;
+	if (f->s_head == NONE)
+		f->s_tail = NONE;
+	f->s_count--;
+}
+
+static __always_inline bool same_flow(const struct flow *f, u32 generation) { return (f->flags & FLOW_LIVE) && f->generation == generation; }
+
+static __always_inline u64 idle_limit(const struct flow *f)
+{
+	if (f->key.kind != KIND_TCP)
+		return IDLE_OTHER;
+	if (f->flags & (FLOW_RST | FLOW_FIN | FLOW_CLIENT_FIN))
+		return IDLE_CLOSED;
+	return f->flags & FLOW_OPEN ? IDLE_TCP : IDLE_HALF_OPEN;
+}
+
+/* Ends flow `index` if nothing is held or in flight and it has been idle for its time. Its place goes back to the free ones. */
+static __always_inline bool reclaim(u32 index, u64 now)
+{
+	struct flow *f = flows.lookup(&index);
+	bool gone = false;
+
+	if (!f || !(f->flags & FLOW_LIVE))
+		return false;
+	bpf_spin_lock(&f->lock);
+	if ((f->flags & FLOW_LIVE) && !f->owner && !f->p_count && !f->s_count && (s64)(now - f->last_ns) > (s64)idle_limit(f) &&
+	    (!f->in_flight || now - f->emit_ns > EMIT_STALE_NS)) {
+		f->flags = 0;
+		gone = true;
+	}
+	bpf_spin_unlock(&f->lock);
+	if (!gone)
+		return false;
+	/* Until the reference is gone a packet that finds it sees a dead flow, and is dropped and counted; TCP sends it again. */
+	flow_refs.delete(&f->key);
+	free_flows.push(&index, 0);
+	gauge_add(GAUGE_FLOWS_USED, -1);
+	return true;
+}
+
+/* Each new flow looks at two old ones, so that the table cleans itself without anybody's help. */
+static __always_inline void reclaim_some(u64 now)
+{
+	u32 which = GAUGE_HAND;
+	u64 top = gauge(GAUGE_FLOW_TOP), *hand = gauges.lookup(&which);
+	if (!hand || !top)
+		return;
+#pragma nounroll
+	for (int i = 0; i < 2; i++) {
+		u64 here = *hand;
+		*hand = here + 1 >= top ? 0 : here + 1; /* a race here skips or repeats a look, no more */
+		reclaim((u32)here & (MAX_FLOWS - 1), now);
+	}
+}
+
+/* Makes a flow for `key`. False: the table is full (counted, told), or another CPU made it and lost it again in the meantime. */
+static __always_inline bool make_flow(const struct place *at, struct flow_key *key, struct flow_ref *ref, u64 now)
+{
+	u32 index, which = GAUGE_FLOW_TOP;
+	u64 *top = gauges.lookup(&which);
+
+	reclaim_some(now);
+	if (free_flows.pop(&index)) {
+		drop(at, DROP_NO_FLOW);
+		return false;
+	}
+	struct flow *f = flows.lookup(&index);
+	if (!f || !top)
+		return false;
+	if (*top <= index)
+		*top = index + 1;
+	bpf_spin_lock(&f->lock);
+	u32 generation = f->generation + 1;
+	__builtin_memset(&f->key, 0, sizeof(*f) - __builtin_offsetof(struct flow, key));
+	f->generation = generation;
+	__builtin_memcpy(&f->key, key, sizeof(*key));
+	f->flags = FLOW_LIVE;
+	f->last_ns = now;
+	f->epoch = at->epoch;
+	f->p_head = f->p_tail = f->p_next = f->s_head = f->s_tail = NONE;
+	bpf_spin_unlock(&f->lock);
+	ref->index = index;
+	ref->generation = generation;
+	if (!flow_refs.insert(key, ref)) {
+		gauge_add(GAUGE_FLOWS_USED, 1);
+		u64 used = gauge(GAUGE_FLOWS_USED);
+		if (used == MAX_FLOWS - MAX_FLOWS / 4) { /* on the way up, each time */
+			at->count->high_waters++;
+			tell(at, EVENT_HIGH_WATER, DROP_NO_FLOW, index, key, used, 0, 0);
+		}
+		return true;
+	}
+	bpf_spin_lock(&f->lock);
+	f->flags = 0;
+	bpf_spin_unlock(&f->lock);
+	free_flows.push(&index, 0);
+	struct flow_ref *first = flow_refs.lookup(key); /* another CPU was first with the same flow */
+	if (!first)
+		return false;
+	*ref = *first;
+	return true;
+}
+
+static __always_inline bool find_flow(struct flow_key *key, struct flow_ref *ref)
+{
+	struct flow_ref *r = flow_refs.lookup(key);
+	if (!r)
+		return false;
+	*ref = *r;
+	return true;
+}
+
+/* When a packet may go its own way without overtaking one of its flow that is still between its release and the vif. Under the lock. */
+static __always_inline bool may_pass(const struct flow *f, u64 now) { return !f->in_flight || now - f->emit_ns > EMIT_STALE_NS; }
+
+/* A release puts packets into the backlog of one CPU (by their hash); two releasing CPUs keep their order only one after the other. Under the lock. */
+static __always_inline bool may_emit(const struct flow *f, u32 cpu, u64 now) { return may_pass(f, now) || f->emit_cpu == cpu; }
+
+/* A commit has come for this flow: both VMs are equal where the PVM stood. What is still held from before may leave (releasable()), and takes the
+ * stream's position along when it does; what the old SVM said is void. By whoever holds the lock, with nobody else the owner. */
+static __always_inline void rebase(struct flow *f, u32 epoch)
+{
+	f->epoch = epoch;
+	f->flags &= ~(FLOW_DIVERGED | FLOW_LATE | FLOW_TOLD | FLOW_REFILL);
+	f->matched = f->proven;
+	f->p_next = f->p_head; /* matching skips what is committed */
+	if (f->flags & FLOW_C_ACK) { /* the new SVM has received all that the PVM had */
+		if (!(f->flags & FLOW_S_ACK) || seq_lt(f->s_ack, f->p_ack))
+			f->s_ack = f->p_ack;
+		f->flags |= FLOW_S_ACK;
+		f->s_win = f->p_win;
+	}
+}

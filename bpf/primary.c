@@ -1,0 +1,642 @@
+/* The primary's hooks on the vif, and what the SVM's output does when it arrives: P1, P2, P3, P4 of docs/design.md. */
+
+/* P1, tc egress of the vif: every frame for the PVM goes to the SVM too. */
+int p1_mirror(struct __sk_buff *skb)
+{
+	struct place at;
+	if (!place_of_vif(&at, skb->ifindex))
+		return VERDICT_PASS;
+	if (at.state != LOCKSTEP && at.state != CHECKPOINTING && at.state != SYNCING)
+		return VERDICT_PASS;
+	at.count->mirrored_packets++;
+	at.count->mirrored_bytes += skb->len;
+	if (!at.nic->vlan) {
+		if (bpf_clone_redirect(skb, at.nic->fwd, 0))
+			drop(&at, DROP_EMIT);
+		return VERDICT_PASS;
+	}
+	if (bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021Q_), at.nic->vlan)) {
+		drop(&at, DROP_EMIT);
+		return VERDICT_PASS;
+	}
+	if (bpf_clone_redirect(skb, at.nic->fwd, 0))
+		drop(&at, DROP_EMIT);
+	bpf_skb_vlan_pop(skb);
+	return VERDICT_PASS;
+}
+
+/* Copies the frame, with the tag that the kernel keeps beside it, into a slot. Returns the bytes there (no more than the slot takes) or 0. */
+static __always_inline u32 load_slot(struct __sk_buff *skb, struct slot *slot)
+{
+	u32 len = skb->len, off = 0, from = 0;
+
+	if (skb->vlan_present) {
+		if (bpf_skb_load_bytes(skb, 0, slot->byte, 12))
+			return 0;
+		*(u16 *)(slot->byte + 12) = skb->vlan_proto; /* network order, as it stands in the frame */
+		*(u16 *)(slot->byte + 14) = bpf_htons(skb->vlan_tci);
+		from = 12;
+		off = 16;
+		len -= 12;
+	}
+	if (len > SLOT_BYTES - 65)
+		len = SLOT_BYTES - 65;
+	if (len < 2)
+		return 0;
+	len -= 1; /* never zero: the helper's demand */
+	BOUND(len, SLOT_BYTES - 1);
+	len += 1;
+	if (off) {
+		if (bpf_skb_load_bytes(skb, from, slot->byte + 16, len))
+			return 0;
+	} else {
+		if (bpf_skb_load_bytes(skb, 0, slot->byte, len))
+			return 0;
+	}
+	return off + len;
+}
+
+/* A held packet must carry a whole checksum: the vessel's is final. A guest with offloads leaves the pseudo-header's sum there; then, and only then,
+ * it is filled in. (A packet with a wrong checksum that happens to be that sum is mended: 1 in 65,536 of wrong ones.) Returns that. */
+static __always_inline bool fill_checksum(struct slot *slot, const struct packet *p, u32 len)
+{
+	u32 off = p->l4_check, l4 = p->l4, l4_len = p->payload - p->l4 + p->length;
+
+	if (!off || off > SLOT_BYTES - 64 || l4 > SLOT_BYTES - 64 || len > SLOT_BYTES - 64)
+		return false;
+	BOUND(off, SLOT_BYTES - 1);
+	u16 *check = (u16 *)(slot->byte + off);
+	if (*check != fold(pseudo_sum(&p->key, l4_len)) || *check == 0)
+		return false;
+	u32 end = l4 + l4_len;
+	if (end > SLOT_BYTES - 64)
+		return false;
+	BOUND(end, SLOT_BYTES - 1);
+	*(u32 *)(slot->byte + end) = 0; /* behind the last byte: the sum goes by fours */
+	u16 sum = ~fold(slot_sum(slot, l4, l4_len)); /* the pseudo-header's sum is in it already */
+	*check = sum ? sum : 0xffff;
+	return true;
+}
+
+/* The packet goes on as it is, but for ACK and window. */
+static __always_inline int pass_original(struct __sk_buff *skb, const struct place *at, const struct held *h, u32 ack, u16 win)
+{
+	u32 tcp = h->l4 - (skb->vlan_present ? 4 : 0);
+
+	if (!(h->flags & HELD_ACKS))
+		return VERDICT_PASS;
+	if (ack != h->ack) {
+		u32 old = bpf_htonl(h->ack), new = bpf_htonl(ack);
+		if (bpf_l4_csum_replace(skb, tcp + 16, old, new, 4) || bpf_skb_store_bytes(skb, tcp + 8, &new, 4, 0))
+			return VERDICT_DROP;
+	}
+	if (win != h->win) {
+		u16 old = bpf_htons(h->win), new = bpf_htons(win);
+		if (bpf_l4_csum_replace(skb, tcp + 16, old, new, 2) || bpf_skb_store_bytes(skb, tcp + 14, &new, 2, 0))
+			return VERDICT_DROP;
+	}
+	if (ack != h->ack || win != h->win)
+		at->count->lowered++;
+	return VERDICT_PASS;
+}
+
+/* A released packet comes back through the vif: it goes on to the bridge. If others of its flow had to wait for it, this CPU sends them now. */
+static __always_inline int come_back(struct __sk_buff *skb, const struct place *at)
+{
+	u32 tag = skb->priority, index = tag & ((1u << FLOW_BITS) - 1), zero = 0;
+	struct flow *f = index < MAX_FLOWS ? flows.lookup(&index) : NULL;
+	struct held_table *t = held.lookup(&zero);
+	bool drains = false;
+
+	at->count->reentered++;
+	if (f && t) {
+		bpf_spin_lock(&f->lock);
+		if ((f->flags & FLOW_LIVE) && flow_tag(index, f->generation) == tag && f->in_flight) {
+			f->in_flight--;
+			if (f->work || (f->p_head != NONE && releasable(f, record(t, f->p_head)))) {
+				if (f->owner) {
+					f->work = 1;
+				} else if (!f->in_flight) {
+					f->owner = 1;
+					drains = true;
+				}
+			}
+		}
+		bpf_spin_unlock(&f->lock);
+	}
+	if (drains) { /* mark and priority stay for the clone */
+		skb->cb[CB_FLOW] = index;
+		skb->cb[CB_MODE] = MODE_CLONE_FIRST;
+		skb->cb[CB_OWN] = 0;
+		skb->cb[CB_STAGED] = 0;
+		skb->cb[CB_PARTIAL] = 0;
+		tc_stages.call(skb, STAGE_DRAIN);
+	}
+	skb->mark = 0;
+	skb->priority = 0;
+	return VERDICT_PASS;
+}
+
+/* Looks after a flow's own high-water mark and its oldest packet. */
+static __always_inline void watch_flow(const struct place *at, struct flow *f, struct held_table *t, u32 index, u64 now)
+{
+	u32 head = f->p_head;
+	if (f->p_count >= FIFO_HIGH && !(f->flags & FLOW_TOLD)) {
+		bpf_spin_lock(&f->lock);
+		f->flags |= FLOW_TOLD;
+		bpf_spin_unlock(&f->lock);
+		at->count->high_waters++;
+		tell(at, EVENT_HIGH_WATER, DROP_FIFO_FULL, index, &f->key, f->p_count, 0, 0);
+	}
+	if (head != NONE && !(f->flags & FLOW_LATE) && (s64)(now - record(t, head)->since_ns) > (s64)at->set->compare_timeout_ns) {
+		bpf_spin_lock(&f->lock);
+		f->flags |= FLOW_LATE;
+		bpf_spin_unlock(&f->lock);
+		at->count->timeouts++;
+		tell(at, EVENT_TIMEOUT, REASON_MISSING_SVM, index, &f->key, record(t, head)->from, record(t, head)->digest, 0);
+	}
+}
+
+/* Links record `index` into its flow, or finds that the packet may pass. */
+static __always_inline u32 p_take(struct flow *f, struct held_table *t, const struct place *at, const struct flow_ref *ref, u32 index, u64 now, bool single,
+				  u32 *ack, u16 *win, u32 *used)
+{
+	struct held *h = record(t, index);
+	u32 take;
+
+	bpf_spin_lock(&f->lock);
+	if (!same_flow(f, ref->generation)) {
+		bpf_spin_unlock(&f->lock);
+		return TAKE_SWALLOW;
+	}
+	f->last_ns = now;
+	h->flow = ref->index;
+	if (f->epoch != at->epoch && !f->p_count && !f->s_count && !f->owner && at->state == LOCKSTEP)
+		rebase(f, at->epoch);
+	if (at->state == PASSTHROUGH) {
+		h->flags |= HELD_PROVEN; /* behind what is held, if there is any: the flush takes both */
+		if (single && !f->p_count && !f->owner && may_pass(f, now)) {
+			take = TAKE_PASS;
+			*ack = h->ack;
+			*win = h->win;
+			bpf_spin_unlock(&f->lock);
+			return take;
+		}
+		p_append(f, t, index);
+		take = TAKE_HOLD;
+		if (f->owner) {
+			f->work = 1;
+		} else if (single) {
+			f->owner = 1;
+			take = TAKE_DRAIN;
+		}
+		bpf_spin_unlock(&f->lock);
+		return take;
+	}
+	if (f->epoch != at->epoch && f->key.kind != KIND_TCP)
+		f->flags &= ~FLOW_DIVERGED; /* records match by their own epoch; the flow's follows with the next drain */
+	if (at->state != LOCKSTEP || (f->epoch != at->epoch && f->key.kind == KIND_TCP)) { /* proves nothing now; keeps its place */
+		take = f->p_count >= MAX_FIFO ? TAKE_FULL : TAKE_HOLD;
+		if (take == TAKE_HOLD) {
+			p_append(f, t, index);
+			if (f->owner) {
+				f->work = 1;
+			} else if (at->state == LOCKSTEP && single) {
+				f->owner = 1;
+				take = TAKE_DRAIN;
+			}
+		}
+	} else if (f->key.kind == KIND_TCP) {
+		take = p_take_stream(f, t, index, h, now, single, used);
+	} else {
+		take = p_take_datagram(f, t, index, h, now, single, used);
+	}
+	if (take == TAKE_PASS)
+		account_release(f, h, ack, win);
+	bpf_spin_unlock(&f->lock);
+	return take;
+}
+
+/* P2, tc ingress of the vif: the PVM's output. */
+int p2_output(struct __sk_buff *skb)
+{
+	struct place at;
+
+	if (!place_of_vif(&at, skb->ifindex))
+		return VERDICT_PASS;
+	if (skb->mark == at.set->mark)
+		return come_back(skb, &at);
+	at.count->output_packets++;
+	at.count->output_bytes += skb->len;
+	if (at.state == UNPROTECTED || at.state == SYNCING || (at.state == PASSTHROUGH && !gauge(GAUGE_SLOTS_USED))) {
+		at.count->unprotected++;
+		return VERDICT_PASS;
+	}
+	if (at.state == HALTED || at.state == PROMOTED) {
+		drop(&at, DROP_HALTED);
+		return VERDICT_DROP;
+	}
+
+	u32 index = take_slot(&at);
+	if (index == NONE) {
+		watch_slab(&at);
+		return VERDICT_DROP; /* the newest is refused, never one that was accepted */
+	}
+	u64 now = bpf_ktime_get_ns();
+	struct slot *slot = slab.lookup(&index);
+	if (!slot)
+		return VERDICT_DROP;
+	u32 tagged = skb->vlan_present ? 4 : 0, len = load_slot(skb, slot);
+	struct view v = {.data = slot->byte, .len = len, .slot = true};
+	struct scratch *notes = fresh_scratch(&at);
+	if (!notes)
+		return VERDICT_DROP;
+	struct packet *p = &notes->packet;
+	struct flow_ref *ref = &notes->ref;
+	u32 why = DROP_SHORT;
+	u8 *eth = peek(&v, 0, 14);
+	if (!eth)
+		goto refuse;
+	why = DROP_FOREIGN_MAC;
+	if (!from_guest(at.nic, eth))
+		goto refuse;
+	v.part = skb->gso_size; /* the lengths of a super-packet count all its segments */
+	parse(&v, p, len, false);
+
+	u32 policy = policy_of(at.nic, p);
+	why = DROP_POLICY;
+	if (policy == POLICY_DROP)
+		goto refuse;
+	if (policy == POLICY_PASS) {
+		give_slot(index);
+		at.count->policy_passed++;
+		return VERDICT_PASS;
+	}
+	if (is_exempt(at.nic, &p->key)) {
+		give_slot(index);
+		at.count->exempt++;
+		return VERDICT_PASS;
+	}
+	why = DROP_TOO_LONG;
+	if (!v.part && len != skb->len + tagged) /* longer than a slot: can't be held, so it can't be taken */
+		goto refuse;
+	if (!find_flow(&p->key, ref) && !make_flow(&at, &p->key, ref, now)) {
+		give_slot(index);
+		return VERDICT_DROP; /* make_flow() has counted it */
+	}
+	struct flow *f = flows.lookup(&ref->index);
+	why = DROP_FLOW_RACE;
+	if (!f)
+		goto refuse;
+	f->hash = skb->hash;
+	__builtin_memcpy(f->guest_mac, eth + 6, 6);
+	__builtin_memcpy(f->remote_mac, eth, 6);
+	if (v.part) {
+		give_slot(index);
+		skb->cb[CB_FLOW] = ref->index;
+		skb->cb[CB_GENERATION] = ref->generation;
+		skb->cb[CB_OWN] = 0;
+		skb->cb[CB_SEGMENT] = 0;
+		tc_stages.call(skb, STAGE_SPLIT);
+		return VERDICT_DROP;
+	}
+
+	notes->slot = index;
+	notes->len = len;
+	tc_stages.call(skb, STAGE_HOLD);
+refuse:
+	give_slot(index);
+	drop(&at, why);
+	return VERDICT_DROP;
+}
+
+/* P2's second half: the packet is in slot `notes->slot`, its flow is known. Hashes it, then holds it or lets it pass. */
+int hold(struct __sk_buff *skb)
+{
+	u32 zero = 0, used = NONE, ack = 0, why = DROP_FLOW_RACE;
+	u16 win = 0;
+	struct scratch *notes = scratch.lookup(&zero);
+	struct held_table *t = held.lookup(&zero);
+	struct hash_keys *keys = hash_keys.lookup(&zero);
+	struct place at;
+
+	if (!notes || !t || !keys || !place_of_vif(&at, skb->ifindex))
+		return VERDICT_DROP;
+	struct packet *p = &notes->packet;
+	struct flow_ref *ref = &notes->ref;
+	u32 index = notes->slot, len = notes->len;
+	struct slot *slot = slab.lookup(&index);
+	struct flow *f = flows.lookup(&ref->index);
+	if (!slot || !f)
+		return VERDICT_DROP;
+	struct held *h = record(t, index);
+	struct view v = {.data = slot->byte, .len = len, .slot = true};
+	u64 now = bpf_ktime_get_ns();
+	describe(h, notes, &v, keys, at.epoch, now);
+	h->len = len;
+	h->hash = f->hash;
+	bool partial = fill_checksum(slot, p, len);
+	at.count->segments++;
+	u32 take = p_take(f, t, &at, ref, index, now, true, &ack, &win, &used);
+	if (used != NONE) {
+		at.count->svm_unparked++;
+		give_slot(used);
+	}
+	if (take == TAKE_PASS) {
+		struct held *mine = h;
+		note_timestamps(f, slot, mine);
+		at.count->released_packets++;
+		at.count->released_bytes += len;
+		at.count->released_unchanged++;
+		if (at.state == PASSTHROUGH || (p->key.kind == KIND_TCP && used == NONE && mine->type == HELD_DATA)) {
+			at.count->retransmissions++;
+		} else {
+			at.count->compared_packets++;
+			at.count->compared_bytes += p->length;
+		}
+		int verdict = pass_original(skb, &at, mine, ack, win);
+		give_slot(index);
+		return verdict;
+	}
+	if (take == TAKE_SWALLOW)
+		goto refuse;
+	if (take == TAKE_FULL) {
+		why = DROP_FIFO_FULL;
+		watch_flow(&at, f, t, ref->index, now);
+		goto refuse;
+	}
+	at.count->held_packets++;
+	watch_slab(&at);
+	if (take == TAKE_DRAIN) {
+		skb->cb[CB_FLOW] = ref->index;
+		skb->cb[CB_MODE] = partial ? MODE_PARTIAL : 0;
+		skb->cb[CB_OWN] = 1;
+		skb->cb[CB_STAGED] = 0;
+		skb->cb[CB_PARTIAL] = p->l4;
+		tc_stages.call(skb, STAGE_DRAIN);
+		return VERDICT_DROP;
+	}
+	watch_flow(&at, f, t, ref->index, now);
+	return VERDICT_DROP; /* the slab has it */
+refuse:
+	give_slot(index);
+	drop(&at, why);
+	return VERDICT_DROP;
+}
+
+/* The super-packet whose segments are all proven and first in their flow passes as it came. The caller is the flow's owner. */
+int pass_whole(struct __sk_buff *skb)
+{
+	u32 zero = 0, index = skb->cb[CB_FLOW], own = skb->cb[CB_OWN], ack = 0;
+	u16 win = 0;
+	struct flow *f = flows.lookup(&index);
+	struct held_table *t = held.lookup(&zero);
+	struct held first = {};
+	struct place at;
+	bool work = false;
+
+	if (!f || !t || !place_of_id(&at, f->key.nic))
+		return VERDICT_DROP;
+#pragma nounroll
+	for (int i = 0; i < MAX_SEGMENTS; i++) {
+		u32 head = NONE;
+		if (i >= own)
+			break;
+		bpf_spin_lock(&f->lock);
+		head = f->p_head;
+		if (head != NONE) {
+			struct held *h = record(t, head);
+			if (i == 0)
+				first = *h;
+			account_release(f, h, &ack, &win);
+			at.count->compared_packets++;
+			at.count->compared_bytes += h->len - h->payload;
+			p_unlink_head(f, t);
+		}
+		bpf_spin_unlock(&f->lock);
+		if (head == NONE)
+			break;
+		struct slot *slot = slab.lookup(&head);
+		if (slot)
+			note_timestamps(f, slot, &first);
+		give_slot(head);
+		at.count->unheld_packets++;
+		at.count->released_packets++;
+	}
+	at.count->released_bytes += skb->len;
+	at.count->released_unchanged++;
+	int verdict = pass_original(skb, &at, &first, ack, win);
+	bpf_spin_lock(&f->lock);
+	if (f->work) {
+		f->work = 0;
+		work = true;
+	} else {
+		f->owner = 0;
+	}
+	bpf_spin_unlock(&f->lock);
+	if (work && verdict == VERDICT_PASS) { /* more came in the meantime: this one goes first, as a clone, then serves as vessel */
+		skb->mark = at.set->mark;
+		skb->priority = flow_tag(index, f->generation);
+		skb->cb[CB_MODE] |= MODE_CLONE_FIRST;
+		skb->cb[CB_OWN] = 0;
+		skb->cb[CB_STAGED] = 0;
+		tc_stages.call(skb, STAGE_DRAIN);
+	}
+	return verdict;
+}
+
+/* P3, XDP on fwd behind bpf/link.c: the SVM's output arrives. Parses, hashes, finds the flow, and hands all that on in the metadata. */
+int p3_arrive(struct xdp_md *ctx)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct arrival *a = (void *)(long)ctx->data_meta;
+	u32 zero = 0, len = end - data;
+	struct view v = {.data = data, .end = end};
+	struct flow_ref ref = {.index = NONE};
+	struct place at;
+
+	if ((void *)(a + 1) > data)
+		return XDP_DROP;
+	struct hash_keys *keys = hash_keys.lookup(&zero);
+	if (!keys || !place_of_id(&at, a->nic))
+		return XDP_DROP;
+	at.count->svm_packets++;
+	at.count->svm_bytes += len;
+	if (at.state != LOCKSTEP) {
+		drop(&at, at.state == CHECKPOINTING ? DROP_OLD_EPOCH : DROP_STATE);
+		return XDP_DROP;
+	}
+	u8 *eth = peek(&v, 0, 14);
+	if (!eth) {
+		drop(&at, DROP_SHORT);
+		return XDP_DROP;
+	}
+	if (!from_guest(at.nic, eth)) {
+		drop(&at, DROP_FOREIGN_MAC);
+		return XDP_DROP;
+	}
+	struct scratch *notes = fresh_scratch(&at);
+	if (!notes)
+		return XDP_DROP;
+	struct packet *p = &notes->packet;
+	struct held *h = &notes->held;
+	parse(&v, p, len, false);
+	u32 policy = policy_of(at.nic, p);
+	if (policy != POLICY_COMPARE || is_exempt(at.nic, &p->key)) {
+		at.count->svm_swallowed++; /* the PVM's goes out, or is dropped, without it */
+		return XDP_DROP;
+	}
+	u64 now = bpf_ktime_get_ns();
+	/* Fresh pointers: what the verifier knows of the old ones depends on the way through parse(), and it would follow each of them. */
+	v.data = (void *)(long)ctx->data;
+	v.end = (void *)(long)ctx->data_end;
+	if (!describe(h, notes, &v, keys, at.epoch, now)) {
+		drop(&at, DROP_TOO_LONG);
+		return XDP_DROP;
+	}
+	if (!find_flow(&p->key, &ref) && !make_flow(&at, &p->key, &ref, now))
+		return XDP_DROP;
+	a->digest = h->digest;
+	a->flow = ref.index;
+	a->generation = ref.generation;
+	a->from = h->from;
+	a->length = h->end - h->from;
+	a->l4 = h->l4;
+	a->payload = h->payload;
+	a->start = h->start;
+	a->type = h->type;
+	a->flags = h->flags;
+	return XDP_PASS;
+}
+
+static __always_inline u32 s_take(struct flow *f, struct held_table *t, const struct place *at, u32 generation, const struct held *s, u64 now, u32 *used)
+{
+	u32 take = TAKE_SWALLOW;
+	bpf_spin_lock(&f->lock);
+	if (same_flow(f, generation)) {
+		f->last_ns = now;
+		if (f->epoch != at->epoch && !f->p_count && !f->s_count && !f->owner)
+			rebase(f, at->epoch);
+		if (s->type > HELD_ACK) {
+			if (f->epoch != at->epoch)
+				f->flags &= ~FLOW_DIVERGED; /* records match by their own epoch */
+			take = s_take_datagram(f, t, s, used);
+		} else if (f->epoch != at->epoch) {
+			take = TAKE_STORE; /* a commit is not through for this flow yet; the owner sorts it out */
+		} else {
+			take = s_take_stream(f, t, s);
+		}
+	}
+	bpf_spin_unlock(&f->lock);
+	return take;
+}
+
+/* P4, tc ingress of fwd: the SVM's packet proves what is held, or is parked because it is ahead. No frame goes on from here to the stack. */
+int p4_prove(struct __sk_buff *skb)
+{
+	struct arrival *a = (void *)(long)skb->data_meta;
+	u32 zero = 0, used = NONE, index = NONE;
+	struct place at;
+	struct held s = {};
+
+	if ((void *)(a + 1) > (void *)(long)skb->data)
+		return VERDICT_DROP; /* bpf/link.c has counted it */
+	struct held_table *t = held.lookup(&zero);
+	u32 flow = a->flow, generation = a->generation;
+	struct flow *f = flows.lookup(&flow);
+	if (!t || !f || !place_of_id(&at, a->nic))
+		return VERDICT_DROP;
+	if (at.state != LOCKSTEP) {
+		drop(&at, DROP_OLD_EPOCH);
+		return VERDICT_DROP;
+	}
+	u64 now = bpf_ktime_get_ns();
+	s.next = NONE;
+	s.flow = flow;
+	s.digest = a->digest;
+	s.from = a->from;
+	s.end = a->from + a->length;
+	s.start = a->type == HELD_FRAGMENT ? a->start : a->from;
+	s.type = a->type;
+	s.flags = a->flags;
+	s.l4 = a->l4;
+	s.payload = a->payload;
+	s.since_ns = now;
+	s.epoch = at.epoch;
+	if (s.type == HELD_FRAGMENT) { /* its record sums the datagram up: bytes so far, and the length once it is known */
+		s.from = a->length;
+		s.ack = s.flags & HELD_LAST ? s.end : 0;
+		if (s.ack && s.ack == s.from)
+			s.flags |= HELD_WHOLE;
+	}
+	if (s.flags & HELD_ACKS) {
+		u32 off = s.l4 - (skb->vlan_present ? 4 : 0);
+		struct {
+			u32 ack;
+			u16 flags;
+			u16 win;
+		} tcp;
+		if (bpf_skb_load_bytes(skb, off + 8, &tcp, 8))
+			return VERDICT_DROP;
+		s.ack = bpf_ntohl(tcp.ack);
+		s.win = bpf_ntohs(tcp.win);
+	}
+	u32 take = s_take(f, t, &at, generation, &s, now, &used);
+	if (take == TAKE_STORE) {
+		index = take_slot(&at);
+		if (index == NONE) {
+			watch_slab(&at);
+			return VERDICT_DROP;
+		}
+		struct slot *slot = slab.lookup(&index);
+		if (!slot)
+			return VERDICT_DROP;
+		s.len = s.type == HELD_DATA ? load_slot(skb, slot) : 0; /* only of a stream are the bytes needed again */
+		bool linked = false;
+		*record(t, index) = s;
+		take = TAKE_SWALLOW;
+		bpf_spin_lock(&f->lock);
+		if (same_flow(f, generation)) {
+			/* Since the lock was open the PVM's twin may have come and found nothing here: look again before parking. */
+			if (s.type > HELD_ACK)
+				take = s_take_datagram(f, t, &s, &used);
+			else if (s.type != HELD_DATA || f->epoch != s.epoch || !(f->flags & FLOW_BASED) || seq_lt(f->matched, s.end))
+				take = TAKE_STORE;
+			if (take == TAKE_STORE) {
+				take = TAKE_SWALLOW;
+				linked = s_insert(f, t, index);
+				if (linked && f->owner) {
+					f->work = 1;
+				} else if (linked && f->p_count && s.type <= HELD_ACK && !(f->flags & FLOW_DIVERGED)) {
+					f->owner = 1;
+					take = TAKE_DRAIN;
+				}
+			}
+		}
+		bpf_spin_unlock(&f->lock);
+		if (!linked) {
+			give_slot(index);
+			at.count->svm_swallowed++;
+		} else {
+			at.count->svm_parked++;
+			watch_slab(&at);
+		}
+	} else if (take == TAKE_FULL) {
+		drop(&at, DROP_FIFO_FULL);
+	} else {
+		at.count->svm_swallowed++;
+	}
+	if (used != NONE) {
+		at.count->svm_unparked++;
+		give_slot(used);
+	}
+	if (take == TAKE_DRAIN) {
+		skb->cb[CB_FLOW] = flow;
+		skb->cb[CB_MODE] = 0;
+		skb->cb[CB_OWN] = 0;
+		skb->cb[CB_STAGED] = 0;
+		skb->cb[CB_PARTIAL] = 0;
+		tc_stages.call(skb, STAGE_DRAIN);
+	}
+	return VERDICT_DROP;
+}

@@ -1,0 +1,183 @@
+/* The secondary's hooks: S1, S2, S3 of docs/design.md. */
+
+/* S1, XDP on fwd behind bpf/link.c: a client frame arrives, its TCP numbers become the SVM's. */
+int s1_arrive(struct xdp_md *ctx)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct arrival *a = (void *)(long)ctx->data_meta;
+	struct view v = {.data = data, .end = end};
+	struct place at;
+	u64 sum = 0;
+
+	if ((void *)(a + 1) > data || !place_of_id(&at, a->nic))
+		return XDP_DROP;
+	if (at.state != LOCKSTEP && at.state != CHECKPOINTING && at.state != SYNCING) {
+		drop(&at, DROP_STATE); /* promoted: the bridge serves the SVM now */
+		return XDP_DROP;
+	}
+	u8 *eth = peek(&v, 0, 14);
+	if (!eth) {
+		drop(&at, DROP_SHORT);
+		return XDP_DROP;
+	}
+	struct scratch *notes = fresh_scratch(&at);
+	if (!notes)
+		return XDP_DROP;
+	struct packet *p = &notes->packet;
+	struct edits *e = &notes->edits;
+	parse(&v, p, end - data, true);
+	at.count->delivered++;
+	if (p->key.kind != KIND_TCP)
+		return XDP_PASS;
+	if (!from_client(e, &v, p, &at, bpf_ktime_get_ns())) {
+		drop(&at, DROP_EARLY_ACK);
+		return XDP_DROP;
+	}
+	if (!e->count)
+		return XDP_PASS;
+	at.count->translated++;
+	u16 *check = peek(&v, p->l4_check, 2);
+	if (!check)
+		return XDP_DROP;
+	u16 now = *check;
+#pragma unroll
+	for (int i = 0; i < 10; i++) {
+		if (i >= e->count)
+			continue;
+		u32 off = e->at[i].off, old = e->at[i].old, new = e->at[i].new;
+		u32 *field = peek(&v, off, 4);
+		if (!field)
+			return XDP_DROP;
+		*field = new;
+		if ((off - p->l4) & 1) { /* at an odd offset the sum's bytes are swapped (RFC 1071) */
+			old = old << 8 | old >> 24;
+			new = new << 8 | new >> 24;
+		}
+		now = sum_replace(now, old, new);
+	}
+	*check = now;
+	return XDP_PASS;
+}
+
+/* S1's second half, tc ingress of fwd: into the vif, with the mark that S3 lets pass. (vifs have no XDP to redirect to.) */
+int s1_deliver(struct __sk_buff *skb)
+{
+	struct arrival *a = (void *)(long)skb->data_meta;
+	struct place at;
+
+	if ((void *)(a + 1) > (void *)(long)skb->data || !place_of_id(&at, a->nic))
+		return VERDICT_DROP;
+	skb->mark = at.set->mark;
+	return bpf_redirect(at.nic->vif, 0);
+}
+
+/* Writes the edits into a packet whose checksum may still be partial: the helpers know. */
+static __always_inline bool apply(struct __sk_buff *skb, const struct edits *e, const struct packet *p, struct place *at)
+{
+	if (!e->count)
+		return true;
+	at->count->translated++;
+#pragma unroll
+	for (int i = 0; i < 10; i++) {
+		if (i >= e->count)
+			continue;
+		u32 off = e->at[i].off, old = e->at[i].old, new = e->at[i].new;
+		if (bpf_skb_store_bytes(skb, off, &new, 4, 0))
+			return false;
+		if ((off - p->l4) & 1) {
+			old = old << 8 | old >> 24;
+			new = new << 8 | new >> 24;
+		}
+		if (bpf_l4_csum_replace(skb, p->l4_check, old, new, 4))
+			return false;
+	}
+	return true;
+}
+
+/* Parses a packet of tc's by direct access; its headers are pulled in front if they are not. The tag beside it is not part of the offsets. */
+static __always_inline struct view look(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	if (data + 128 > end && data + skb->len > end)
+		bpf_skb_pull_data(skb, skb->len < 256 ? skb->len : 256);
+	struct view v = {.data = (void *)(long)skb->data, .end = (void *)(long)skb->data_end, .part = true};
+	return v;
+}
+
+static __always_inline void tag_beside(struct __sk_buff *skb, struct packet *p)
+{
+	if (!skb->vlan_present)
+		return;
+	p->key.vlan[1] = p->key.vlan[0];
+	p->key.vlan[0] = TAG_PRESENT | (skb->vlan_proto == bpf_htons(ETH_P_8021AD_) ? TAG_AD : 0) | (skb->vlan_tci & 0xfff);
+}
+
+/* S2, tc ingress of the vif: the SVM's output. */
+int s2_output(struct __sk_buff *skb)
+{
+	struct place at;
+
+	if (!place_of_vif(&at, skb->ifindex))
+		return VERDICT_PASS;
+	if (at.state == HALTED || at.state == UNPROTECTED || at.state == PASSTHROUGH) {
+		drop(&at, at.state == HALTED ? DROP_HALTED : DROP_ISOLATED);
+		return VERDICT_DROP;
+	}
+	struct view v = look(skb);
+	struct scratch *notes = fresh_scratch(&at);
+	if (!notes)
+		return VERDICT_DROP;
+	struct packet *p = &notes->packet;
+	struct edits *e = &notes->edits;
+	parse(&v, p, skb->len, false);
+	tag_beside(skb, p);
+	if (p->key.kind == KIND_TCP) {
+		from_svm(e, &v, p, &at, bpf_ktime_get_ns());
+		if (!apply(skb, e, p, &at)) {
+			drop(&at, DROP_EMIT);
+			return VERDICT_DROP;
+		}
+	}
+	at.count->svm_output++;
+	if (at.state == PROMOTED)
+		return VERDICT_PASS;
+	if (at.nic->vlan && bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021Q_), at.nic->vlan)) {
+		drop(&at, DROP_EMIT);
+		return VERDICT_DROP;
+	}
+	return bpf_redirect(at.nic->fwd, 0);
+}
+
+/* S3, tc egress of the vif: what the bridge has for the SVM. Until it is promoted it hears only S1. */
+int s3_isolate(struct __sk_buff *skb)
+{
+	struct place at;
+
+	if (!place_of_vif(&at, skb->ifindex))
+		return VERDICT_PASS;
+	if (skb->mark == at.set->mark)
+		return VERDICT_PASS;
+	if (at.state != PROMOTED) {
+		drop(&at, DROP_ISOLATED);
+		return VERDICT_DROP;
+	}
+	struct view v = look(skb);
+	struct scratch *notes = fresh_scratch(&at);
+	if (!notes)
+		return VERDICT_DROP;
+	struct packet *p = &notes->packet;
+	struct edits *e = &notes->edits;
+	parse(&v, p, skb->len, true);
+	tag_beside(skb, p);
+	if (p->key.kind != KIND_TCP)
+		return VERDICT_PASS;
+	if (!from_client(e, &v, p, &at, bpf_ktime_get_ns())) {
+		drop(&at, DROP_EARLY_ACK);
+		return VERDICT_DROP;
+	}
+	if (!apply(skb, e, p, &at)) {
+		drop(&at, DROP_EMIT);
+		return VERDICT_DROP;
+	}
+	return VERDICT_PASS;
+}

@@ -1,0 +1,363 @@
+/* TCP: two byte streams compared by position. All of it runs under the flow's lock, but for match_stream(), which the owner calls without. */
+
+enum take {
+	TAKE_PASS,    /* P2: the packet goes on as it is */
+	TAKE_HOLD,    /* linked; somebody else will release it */
+	TAKE_DRAIN,   /* linked or used; this program is now the owner and must drain */
+	TAKE_FULL,    /* the flow's list is full: the newest is refused */
+	TAKE_STORE,   /* P4: needs a slot, come again with one */
+	TAKE_SWALLOW, /* P4: tells nothing new */
+};
+
+/* What was found wrong; told after the lock is open. */
+struct finding {
+	bool any;
+	u32 reason; /* enum reason */
+	u32 offset;
+	u64 pvm, svm;
+};
+
+static __always_inline void diverge(struct flow *f, struct finding *found, u32 reason, u32 offset, u64 pvm, u64 svm)
+{
+	if (f->flags & FLOW_DIVERGED)
+		return;
+	f->flags |= FLOW_DIVERGED;
+	found->any = true;
+	found->reason = reason;
+	found->offset = offset;
+	found->pvm = pvm;
+	found->svm = svm;
+}
+
+/* May the first record of the PVM's list leave? Never without the SVM's ACK being known; a pure ACK only up to it, unless proven data wait behind. */
+static __always_inline bool releasable(const struct flow *f, const struct held *h)
+{
+	if (h->epoch != f->epoch && (s32)(f->epoch - h->epoch) > 0)
+		return true; /* committed: the SVM's state includes it */
+	if ((h->flags & HELD_ACKS) && !(f->flags & FLOW_S_ACK))
+		return false;
+	if (h->flags & HELD_PROVEN)
+		return true;
+	return h->type == HELD_ACK && (f->p_proven || seq_le(h->ack, f->s_ack));
+}
+
+static __always_inline void start_stream(struct flow *f, u32 at)
+{
+	f->flags |= FLOW_BASED;
+	f->proven = f->matched = at;
+}
+
+/* Lowers ACK and window to what both VMs stand for (promise 2), and notes what the client has then been told. */
+static __always_inline void account_release(struct flow *f, const struct held *h, u32 *ack, u16 *win)
+{
+	*ack = h->ack;
+	*win = h->win;
+	if (h->epoch != f->epoch) { /* committed, not proven: both VMs stand behind it now */
+		if (h->type <= HELD_SYN && (!(f->flags & FLOW_BASED) || h->type == HELD_SYN || seq_lt(f->proven, h->end)))
+			start_stream(f, h->end);
+		if ((h->flags & HELD_ACKS) && (!(f->flags & FLOW_S_ACK) || h->type == HELD_SYN || seq_lt(f->s_ack, h->ack))) {
+			f->flags |= FLOW_S_ACK;
+			f->s_ack = h->ack;
+			f->s_win = h->win;
+		}
+	}
+	if (!(h->flags & HELD_ACKS))
+		return;
+	if (h->type == HELD_SYN)
+		f->flags &= ~FLOW_C_ACK;
+	if (!(f->flags & FLOW_C_ACK) || seq_lt(f->p_ack, h->ack))
+		f->p_ack = h->ack;
+	if (seq_lt(f->s_ack, *ack))
+		*ack = f->s_ack;
+	if (f->s_win < *win)
+		*win = f->s_win;
+	if (!(f->flags & FLOW_C_ACK) || seq_lt(f->c_ack, *ack))
+		f->c_ack = *ack;
+	f->flags |= FLOW_C_ACK;
+	f->p_win = h->win;
+	f->c_win = *win;
+}
+
+/* The client was told less than both VMs would say now. A window is worth an own packet only if it was shut or has doubled. */
+static __always_inline bool owes_ack(const struct flow *f)
+{
+	if ((f->flags & (FLOW_S_ACK | FLOW_C_ACK | FLOW_DIVERGED)) != (FLOW_S_ACK | FLOW_C_ACK) || (f->flags & FLOW_RST))
+		return false;
+	u32 both = seq_lt(f->s_ack, f->p_ack) ? f->s_ack : f->p_ack;
+	u32 win = f->s_win < f->p_win ? f->s_win : f->p_win;
+	return seq_lt(f->c_ack, both) || (win > f->c_win && win >= 2 * f->c_win);
+}
+
+static __always_inline void prove(struct flow *f, struct held *h)
+{
+	h->flags |= HELD_PROVEN;
+	f->p_proven++;
+}
+
+/* The stream is proven up to `end`; matching goes on behind record `h`, or from the first one where a hole was just filled. */
+static __always_inline void prove_stream(struct flow *f, struct held *h, u32 end)
+{
+	prove(f, h);
+	f->proven = f->matched = end;
+	f->p_next = h->next;
+	if (f->flags & FLOW_REFILL) {
+		f->flags &= ~FLOW_REFILL;
+		f->p_next = f->p_head;
+	}
+}
+
+/* Are PVM record `p` and SVM record `s` the same piece of stream, both at the frontier? */
+static __always_inline bool same_piece(const struct flow *f, const struct held *p, const struct held *s)
+{
+	if (p->type != s->type || p->epoch != s->epoch || p->digest != s->digest)
+		return false;
+	if (p->type == HELD_SYN)
+		return true; /* the ISNs differ */
+	if (p->from != s->from || p->end != s->end)
+		return false;
+	return p->type == HELD_RST || ((f->flags & FLOW_BASED) && p->from == f->matched && f->matched == f->proven);
+}
+
+static __always_inline void end_piece(struct flow *f, const struct held *p, u32 svm_from)
+{
+	if (p->type == HELD_SYN) {
+		start_stream(f, p->end);
+		f->svm_isn = svm_from;
+		f->flags = (f->flags & ~(FLOW_FIN | FLOW_RST)) | FLOW_SVM_SYN;
+	} else if (p->type == HELD_RST) {
+		f->flags |= FLOW_RST;
+	} else {
+		f->proven = f->matched = p->end;
+		f->flags |= FLOW_OPEN | (p->flags & HELD_FIN ? FLOW_FIN : 0);
+	}
+}
+
+/* A PVM packet, its record filled in. `single`: it may pass, or its program become the owner; a segment of a super-packet may not.
+ * `*used`: a slot of the SVM's that it used up. */
+static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u32 index, struct held *h, u64 now, bool single, u32 *used)
+{
+	bool alone = single && !f->p_count && !f->owner && may_pass(f, now);
+	bool acked = !(h->flags & HELD_ACKS) || (f->flags & FLOW_S_ACK);
+
+	if (f->p_count >= MAX_FIFO)
+		return TAKE_FULL;
+	if (!(f->flags & FLOW_BASED) && (h->type == HELD_DATA || h->type == HELD_ACK))
+		start_stream(f, h->from); /* what the PVM sent before was before its protection */
+	if (h->type == HELD_ACK && alone && acked && seq_le(h->ack, f->s_ack))
+		return TAKE_PASS;
+	if (h->type == HELD_DATA) {
+		if (seq_le(h->end, f->proven)) { /* the PVM sends again what was proven */
+			if (single && acked && may_pass(f, now))
+				return TAKE_PASS;
+			h->flags |= HELD_PROVEN;
+		}
+	}
+	if (alone && acked && f->s_head != NONE && !(f->flags & FLOW_DIVERGED)) {
+		u32 s = f->s_head;
+		struct held *r = record(t, s);
+		if (same_piece(f, h, r)) {
+			end_piece(f, h, r->from);
+			s_unlink_head(f, t);
+			*used = s;
+			return TAKE_PASS;
+		}
+	}
+	p_append(f, t, index);
+	if (f->p_next != NONE && f->p_next != index && h->type == HELD_DATA && !(h->flags & HELD_PROVEN)) {
+		struct held *next = record(t, f->p_next);
+		if (next->type == HELD_DATA && seq_lt(f->matched, next->from) && seq_le(h->from, f->matched) && seq_lt(f->matched, h->end)) {
+			f->p_next = index; /* it fills the hole before what is held */
+			f->flags |= FLOW_REFILL;
+		}
+	}
+	if (f->owner) {
+		f->work = 1;
+		return TAKE_HOLD;
+	}
+	if (single && f->s_count && f->p_next != NONE && !(f->flags & FLOW_DIVERGED)) {
+		f->owner = 1;
+		return TAKE_DRAIN;
+	}
+	return TAKE_HOLD;
+}
+
+/* What an SVM packet says of ACK and window, whatever else becomes of it. */
+static __always_inline void note_svm_ack(struct flow *f, const struct held *s)
+{
+	if (!(s->flags & HELD_ACKS))
+		return;
+	if (!(f->flags & FLOW_S_ACK) || s->type == HELD_SYN || seq_lt(f->s_ack, s->ack)) {
+		f->s_ack = s->ack;
+		f->s_win = s->win;
+		f->flags |= FLOW_S_ACK;
+	} else if (f->s_ack == s->ack) {
+		f->s_win = s->win;
+	}
+}
+
+/* Is there something to send that this packet may be the vessel for? */
+static __always_inline u32 drain_or(struct flow *f, struct held_table *t, u32 otherwise)
+{
+	bool ready = f->work || owes_ack(f) || (f->p_head != NONE && releasable(f, record(t, f->p_head)));
+	if (!ready)
+		return otherwise;
+	if (f->owner) {
+		f->work = 1;
+		return otherwise;
+	}
+	f->owner = 1;
+	return TAKE_DRAIN;
+}
+
+/* An SVM packet, not stored yet. */
+static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, const struct held *s)
+{
+	note_svm_ack(f, s);
+	if (s->type == HELD_ACK || (f->flags & FLOW_DIVERGED))
+		return drain_or(f, t, TAKE_SWALLOW);
+	if (s->type == HELD_SYN && (f->flags & FLOW_SVM_SYN) && f->svm_isn == s->from)
+		return drain_or(f, t, TAKE_SWALLOW); /* the SVM sends its SYN again */
+	if (s->type == HELD_DATA && (f->flags & FLOW_BASED) && seq_le(s->end, f->matched))
+		return drain_or(f, t, TAKE_SWALLOW); /* the SVM sends again what was compared */
+	if (!f->owner && !f->s_count && f->p_next != NONE) {
+		struct held *p = record(t, f->p_next);
+		if (!(p->flags & HELD_PROVEN) && same_piece(f, p, s)) {
+			u32 end = p->end;
+			end_piece(f, p, s->from);
+			if (p->type == HELD_DATA) {
+				prove_stream(f, p, end);
+			} else {
+				prove(f, p);
+				f->p_next = p->next;
+			}
+			f->owner = 1;
+			return TAKE_DRAIN;
+		}
+	}
+	return f->s_count >= MAX_FIFO ? TAKE_FULL : TAKE_STORE;
+}
+
+enum step { STEP_MORE, STEP_WAIT };
+
+/* One step of matching the PVM's record at `p_next` with the SVM's first. Called by the owner, without the lock.
+ * `*used`: a slot of the SVM's that is used up. */
+static __always_inline u32 match_stream(struct flow *f, struct held_table *t, struct scratch *notes, const struct hash_keys *keys, struct finding *found, u32 *used)
+{
+	u32 p_index = f->p_next, s_index = f->s_head;
+	bool ok = true;
+	u32 trim = 0; /* 1: the PVM's record, 2: the SVM's begins before the frontier */
+	u64 piece = 0;
+
+	if (p_index == NONE || s_index == NONE || (f->flags & FLOW_DIVERGED))
+		return STEP_WAIT;
+	struct held *p = record(t, p_index), *s = record(t, s_index);
+	if (p->type == HELD_ACK || (p->flags & HELD_PROVEN) || (s32)(f->epoch - p->epoch) > 0) {
+		bpf_spin_lock(&f->lock);
+		f->p_next = p->next;
+		bpf_spin_unlock(&f->lock);
+		return STEP_MORE;
+	}
+	if (p->epoch != f->epoch)
+		return STEP_WAIT; /* belongs to a commit that is still to come */
+	if (s->epoch != f->epoch || (p->type == HELD_SYN && s->type != HELD_SYN) || (s->type == HELD_SYN && f->svm_isn == s->from && (f->flags & FLOW_SVM_SYN)) ||
+	    (s->type == HELD_DATA && (f->flags & FLOW_BASED) && seq_le(s->end, f->matched))) {
+		*used = s_index; /* of an older state or connection, or sent twice */
+		goto used;
+	}
+	if (p->type != HELD_DATA || s->type != HELD_DATA) {
+		bool same = same_piece(f, p, s);
+		u32 reason = p->type == HELD_SYN ? REASON_OPTIONS : p->type == HELD_RST || s->type == HELD_RST ? REASON_RST : REASON_FLAGS;
+		bpf_spin_lock(&f->lock);
+		if (same) {
+			end_piece(f, p, s->from);
+			prove(f, p);
+			f->p_next = p->next;
+		} else {
+			diverge(f, found, reason, p->from, p->digest, s->digest);
+		}
+		bpf_spin_unlock(&f->lock);
+		if (!same)
+			return STEP_WAIT;
+		*used = s_index;
+		goto used;
+	}
+
+	u32 at_pos = f->matched, p_from = p->from, p_end = p->end, s_from = s->from, s_end = s->end, from, to, index;
+	if (seq_lt(at_pos, p_from) || seq_lt(at_pos, s_from))
+		return STEP_WAIT; /* a hole on one side */
+	if (seq_le(p_end, at_pos)) { /* held more than once */
+		bpf_spin_lock(&f->lock);
+		prove(f, p);
+		f->p_next = p->next;
+		bpf_spin_unlock(&f->lock);
+		return STEP_MORE;
+	}
+	if (p_from != at_pos) {
+		trim = 1;
+		from = p_from;
+		to = at_pos;
+		index = p_index;
+	} else if (s_from != at_pos) {
+		trim = 2;
+		from = s_from;
+		to = at_pos;
+		index = s_index;
+	} else if (seq_lt(p_end, s_end)) {
+		from = at_pos;
+		to = p_end;
+		index = s_index;
+	} else { /* all of the SVM's record is in the PVM's: no byte has to be read again */
+		bpf_spin_lock(&f->lock);
+		p->digest -= s->digest;
+		p->from = s_end;
+		f->matched = s_end;
+		if (s_end == p_end) {
+			if (p->digest == 0) {
+				end_piece(f, p, 0);
+				prove_stream(f, p, p_end);
+			} else {
+				diverge(f, found, (p->flags ^ s->flags) & HELD_FIN ? REASON_FIN : REASON_PAYLOAD, p_from, p->digest + s->digest, s->digest);
+			}
+		}
+		bpf_spin_unlock(&f->lock);
+		*used = s_index;
+		goto used;
+	}
+
+	trim = forget(notes, 0, trim);
+	from = forget(notes, 1, from);
+	to = forget(notes, 2, to);
+	index = forget(notes, 3, index);
+	struct held *cut = record(t, index);
+	struct slot *bytes = slab.lookup(&index);
+	if (!bytes)
+		return STEP_WAIT;
+	struct view v = {.data = bytes->byte, .len = cut->len, .slot = true};
+	piece = range_hash(keys, &v, cut->payload + (from - cut->start), to - from, from, true, &ok);
+	bpf_spin_lock(&f->lock);
+	if (!ok) {
+		diverge(f, found, REASON_STRUCTURE, from, 0, 0);
+	} else if (trim == 1) {
+		p->digest -= piece;
+		p->from = at_pos;
+	} else {
+		s->digest -= piece;
+		s->from = to;
+		if (!trim) {
+			f->matched = p->from = p_end;
+			if (p->digest == piece) {
+				end_piece(f, p, 0);
+				prove_stream(f, p, p_end);
+			} else {
+				diverge(f, found, p->flags & HELD_FIN ? REASON_FIN : REASON_PAYLOAD, at_pos, p->digest, piece);
+			}
+		}
+	}
+	bpf_spin_unlock(&f->lock);
+	return STEP_MORE;
+used:
+	bpf_spin_lock(&f->lock);
+	s_unlink_head(f, t);
+	bpf_spin_unlock(&f->lock);
+	return STEP_MORE;
+}

@@ -1,0 +1,279 @@
+/* Every struct that programs and Python share, declared here once; Python takes bcc's Key and Leaf of the maps. */
+
+enum pair_state { UNPROTECTED, SYNCING, LOCKSTEP, CHECKPOINTING, PASSTHROUGH, PROMOTED, HALTED };
+enum role { ROLE_PRIMARY = 1, ROLE_SECONDARY = 2 };
+enum policy { POLICY_PASS, POLICY_COMPARE, POLICY_DROP };
+
+/* One write of 8 bytes changes state and epoch together; `deadline_ns` is the end of the right to speak (CLOCK_MONOTONIC). */
+struct pair {
+	u32 state;       /* enum pair_state */
+	u32 epoch;       /* counts checkpoints; on a secondary it dates the TCP translations */
+	u64 deadline_ns; /* 0: no lease */
+};
+
+/* A guest's NIC on this host, by the ifindex of its vif. */
+struct nic {
+	u32 id;
+	u32 pair;
+	u32 role; /* enum role */
+	u32 vif;  /* ifindex */
+	u32 fwd;  /* ifindex */
+	u16 vlan; /* on fwd; 0: fwd is this NIC's alone */
+	u8 mac[6]; /* the guest's; all zero: any */
+	u8 arp;   /* enum policy, likewise below */
+	u8 nd;
+	u8 other; /* Ethernet types that are neither IP nor ARP */
+	u8 exempts; /* the exemption map has entries for it */
+	u32 flags; /* NIC_*: what the loader made and must take away */
+};
+
+#define NIC_CLSACT_VIF 1u
+#define NIC_CLSACT_FWD 2u
+
+struct link_key {
+	u32 fwd; /* ifindex */
+	u32 vlan;
+};
+
+struct settings {
+	u32 mark;      /* random: a released or delivered packet carries it, nothing else can */
+	u32 slots, flows, slot_bytes; /* sizes that the maps were made with */
+	u32 spare;
+	u64 compare_timeout_ns; /* a packet unproven for longer asks for a checkpoint */
+};
+
+/* The keyed hash's secrets, random per boot of the dataplane. */
+struct hash_keys {
+	u64 stream[STREAM_WORDS + HASH_PAD];
+	u64 datagram[DGRAM_WORDS + HASH_PAD];
+	u64 fin;
+	u64 len;
+};
+
+enum kind { KIND_TCP = 1, KIND_UDP, KIND_IP, KIND_FRAGMENT, KIND_FRAME };
+
+/* One direction of a conversation as the guest sends it. */
+struct flow_key {
+	u16 nic;
+	u8 proto;
+	u8 kind; /* enum kind */
+	u16 guest_port;
+	u16 remote_port;
+	u16 vlan[2]; /* the guest's own tags, outer first: TAG_PRESENT | TAG_AD | id */
+	u32 guest[4]; /* IPv4 as ::ffff:a.b.c.d, network order */
+	u32 remote[4];
+};
+
+struct flow_ref {
+	u32 index;
+	u32 generation;
+};
+
+/* A slot's record: what P2 holds or P4 parks. Its bytes are in `slab` under the same number. */
+struct held {
+	u32 next; /* in the flow's list, or NONE */
+	u32 flow;
+	u64 digest; /* of [from, end), whatever of it is still to be matched */
+	u64 since_ns;
+	u32 from; /* stream position; datagrams: 0 */
+	u32 end;  /* datagrams: length; fragments: end of the byte range */
+	u32 start; /* stream position of the first payload byte; fragments: IP identification */
+	u32 ack;
+	u32 epoch;
+	u32 hash; /* the skb's, so that RPS sends it where its siblings went */
+	u16 win;
+	u16 len;     /* bytes of the frame in the slab */
+	u16 l4;      /* offset of the TCP header */
+	u16 payload; /* offset of the payload */
+	u8 type;     /* enum held_type */
+	u8 flags;    /* HELD_* */
+	u16 sack;    /* offset of a SACK option, or 0 */
+};
+
+enum held_type { HELD_DATA = 1, HELD_SYN, HELD_RST, HELD_ACK, HELD_DATAGRAM, HELD_FRAGMENT };
+#define HELD_PROVEN 1u    /* may leave when it is first in its flow */
+#define HELD_FIN 2u
+#define HELD_LAST 4u      /* fragment without MF: `end` is the datagram's length */
+#define HELD_WHOLE 8u     /* all fragments of its datagram are here, `digest` is the datagram's */
+#define HELD_DOUBLE 16u   /* fragment that came twice: not counted */
+#define HELD_ACKS 32u     /* has the ACK flag: `ack` counts */
+
+struct held_table {
+	struct held at[MAX_SLOTS];
+};
+
+struct slot {
+	u8 byte[SLOT_BYTES + SLOT_PAD];
+};
+
+/* All that is known of one flow; everything behind `lock` is read and written under it (bpf/flow.h says what the owner may do without). */
+struct flow {
+	struct bpf_spin_lock lock;
+	u32 generation;
+	struct flow_key key;
+	u32 flags; /* FLOW_* */
+	u64 last_ns;
+	u32 epoch; /* that this flow has been brought to */
+	/* lock-step, on the primary */
+	u32 owner;      /* a program is matching and releasing: others only append, and set `work` */
+	u32 work;
+	u32 in_flight;  /* released, not yet seen again at the vif */
+	u32 emit_cpu;   /* that released last */
+	u64 emit_ns;
+	u32 p_head, p_tail, p_count; /* PVM packets held, in the PVM's order */
+	u32 p_proven;   /* HELD_PROVEN ones of them */
+	u32 p_next;     /* TCP: the record that matching is at, or NONE */
+	u32 s_head, s_tail, s_count; /* SVM output that is ahead; TCP: by stream position */
+	u32 proven;     /* TCP stream: all before it was proven or committed */
+	u32 matched;    /* TCP stream: all before it was compared; >= proven */
+	u32 p_ack;      /* highest ACK of the PVM that has left, before it was lowered */
+	u32 s_ack;      /* highest of the SVM */
+	u32 c_ack;      /* highest that the client was sent */
+	u16 p_win, s_win, c_win;
+	u16 spare;
+	u32 s_sack;     /* highest edge of the SVM's SACK blocks */
+	u32 hash; /* of the PVM's last packet, for the owed ACK */
+	u32 ts_val, ts_ecr, ts_known; /* of the PVM's packet released last, for the owed ACK; written by the owner or by P2 */
+	u8 guest_mac[6], remote_mac[6];
+	/* translation, on the secondary: PVM's number = SVM's + delta */
+	u32 svm_isn, pvm_isn, client_isn;
+	u32 seq_delta, ts_delta;
+	u32 svm_ts, pvm_ts;
+};
+
+#define FLOW_LIVE 0x1u
+#define FLOW_BASED 0x2u     /* `proven` is known */
+#define FLOW_S_ACK 0x4u     /* `s_ack` is known */
+#define FLOW_C_ACK 0x8u     /* `c_ack` is known */
+#define FLOW_DIVERGED 0x10u /* holds until the next commit */
+#define FLOW_FIN 0x40u
+#define FLOW_RST 0x80u
+#define FLOW_TOLD 0x100u    /* its high water was reported */
+#define FLOW_LATE 0x200u    /* its timeout was reported */
+#define FLOW_REFILL 0x400u  /* matching went back to fill a hole: it goes on from the first record */
+#define FLOW_OPEN 0x1000u   /* handshake seen complete */
+/* secondary */
+#define FLOW_SVM_ISN 0x2000u
+#define FLOW_PVM_ISN 0x4000u
+#define FLOW_DELTA 0x8000u
+#define FLOW_SVM_TS 0x10000u
+#define FLOW_PVM_TS 0x20000u
+#define FLOW_CLIENT_FIN 0x40000u
+#define FLOW_SVM_SYN 0x80000u /* `svm_isn` is the SYN that was matched last */
+
+/* What parse() finds in a frame. */
+struct packet {
+	struct flow_key key;
+	u32 seq, ack; /* TCP */
+	u32 frag_id;
+	u32 from;     /* fragments: first byte of the range */
+	u16 win;
+	u16 l3, l4, payload; /* offsets in the frame */
+	u16 length;   /* bytes of payload; whole frames: of the frame */
+	u16 l4_check; /* offset of the TCP or UDP checksum, or 0 */
+	u8 class;     /* enum packet_class */
+	u8 tcp_flags;
+	u8 options;   /* bytes of TCP options */
+	u8 more;      /* fragments: MF */
+	u8 ip6;
+};
+
+/* The fields of a segment that translation changes. */
+#define MAX_EDITS 16 /* ack, echo, two for each of 4 SACK blocks: 10; a power of two, so that a mask bounds it */
+
+struct edits {
+	u32 count;
+	struct {
+		u16 off;
+		u32 old, new; /* as they stand in the frame */
+	} at[MAX_EDITS];
+};
+
+/* A program's own notes. In a map and not on the stack: it would not fit there, and what is read from a map has no history, so the verifier need
+ * not follow every way through parse() to the end of the program. */
+struct scratch {
+	struct packet packet;
+	struct flow_ref ref;
+	u32 slot, len; /* from P2 to its second half */
+	struct edits edits;
+	u32 cell[8]; /* see forget() */
+	struct held held;
+};
+
+/* What P3 hands to P4, and S1 to its delivery, in the frame's metadata (32 bytes are the kernel's limit). */
+struct arrival {
+	u64 digest;
+	u32 flow; /* or NONE */
+	u32 generation;
+	u32 from;
+	u16 length; /* [from, from + length) is the range */
+	u16 nic; /* nic.id */
+	u16 l4;
+	u16 payload;
+	u16 start; /* low bits of the fragment's identification */
+	u8 type; /* enum held_type */
+	u8 flags; /* HELD_FIN, HELD_LAST */
+};
+
+struct exempt_key {
+	u32 prefixlen; /* bits: 32 for the fields before `remote`, then the prefix's */
+	u8 proto;
+	u8 nic;       /* nic.id */
+	u16 guest_port; /* network order; 0: every port */
+	u32 remote[4];
+};
+
+enum reason { /* of a divergence */
+	REASON_PAYLOAD, REASON_FLAGS, REASON_OPTIONS, REASON_RST, REASON_FIN, REASON_DATAGRAM, REASON_MISSING_SVM, REASON_MISSING_PVM, REASON_STRUCTURE,
+	REASONS
+};
+
+enum drop { /* why a frame was not taken */
+	DROP_NO_SLOT, DROP_FIFO_FULL, DROP_NO_FLOW, DROP_FLOW_RACE, DROP_POLICY, DROP_FOREIGN_MAC, DROP_TOO_LONG, DROP_HALTED, DROP_UNKNOWN_LINK,
+	DROP_NO_METADATA, DROP_OLD_EPOCH, DROP_ISOLATED, DROP_SHORT, DROP_STATE, DROP_EMIT, DROP_EARLY_ACK, DROP_BAD_GSO,
+	DROPS
+};
+
+enum event_kind { EVENT_DIVERGENCE = 1, EVENT_HIGH_WATER, EVENT_TIMEOUT, EVENT_KICK };
+
+struct event {
+	u32 kind; /* enum event_kind */
+	u32 reason; /* enum reason; of high water: enum drop that comes next */
+	u64 time_ns;
+	u32 nic;
+	u32 flow;
+	u32 epoch;
+	u32 offset; /* stream position; datagrams: length */
+	u64 pvm_digest;
+	u64 svm_digest;
+	struct flow_key key;
+};
+
+struct counters {
+	u64 mirrored_packets, mirrored_bytes;   /* P1: client frames copied to fwd */
+	u64 output_packets, output_bytes;       /* P2: frames the guest sent (a super-packet is one) */
+	u64 segments;                           /* P2: wire-sized packets in them that were compared */
+	u64 compared_packets, compared_bytes;   /* proven by the SVM's output; bytes of payload */
+	u64 released_packets, released_bytes;   /* that left for the client after proof or commit */
+	u64 released_unchanged;                 /* of them: passed P2 without being held */
+	u64 committed_packets;                  /* of them: by a commit, not by proof */
+	u64 reentered;                          /* seen again at the vif after their release */
+	u64 held_packets, unheld_packets;       /* into the FIFOs, and out */
+	u64 retransmissions;                    /* PVM's, of proven bytes */
+	u64 policy_passed, exempt, unprotected; /* left uncompared: policy, exemption, state of the pair */
+	u64 lowered;                            /* released with a lower ACK or window than the PVM's */
+	u64 owed_acks;
+	u64 svm_packets, svm_bytes;             /* P4: SVM output that arrived */
+	u64 svm_parked, svm_unparked;           /* kept because ahead, and no longer */
+	u64 svm_swallowed;                      /* told nothing new */
+	u64 delivered, translated;              /* S1; S1, S2, S3 */
+	u64 svm_output;                         /* S2: to fwd or bridge */
+	u64 divergences[16];                    /* by enum reason */
+	u64 dropped[32];                        /* by enum drop */
+	u64 events_lost;                        /* ring buffer full */
+	u64 timeouts, high_waters, kicks;
+};
+
+struct histogram {
+	u64 bucket[64]; /* bucket i: holding times of [2^i, 2^(i+1)) ns */
+};

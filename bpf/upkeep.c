@@ -1,0 +1,110 @@
+/* What user space runs through BPF_PROG_TEST_RUN: the flush after a commit, and the sweep. Both go over flows [cb[1], cb[2]) and leave in cb[1] where
+ * to go on. They take the same locks as the hooks and keep the same rules. */
+
+#define SWEEP_BATCH 128 /* flows a run looks at: what the verifier can follow */
+
+/* Sends what a commit (or passthrough) released, flow by flow: finds the next flow that has something to do and drains it. */
+int flush(struct __sk_buff *skb)
+{
+	u32 next = skb->cb[1], end = skb->cb[2], zero = 0;
+	struct held_table *t = held.lookup(&zero);
+
+	if (!t)
+		return VERDICT_DROP;
+#pragma nounroll
+	for (int i = 0; i < SWEEP_BATCH; i++) {
+		if (next >= end)
+			break;
+		u32 index = next++;
+		struct flow *f = flows.lookup(&index);
+		struct place at;
+		bool drains = false;
+		if (!f || !(f->flags & FLOW_LIVE) || !place_of_id(&at, f->key.nic) || at.nic->role != ROLE_PRIMARY)
+			continue;
+		bpf_spin_lock(&f->lock);
+		bool behind = f->epoch != at.epoch && at.state == LOCKSTEP;
+		if ((f->flags & FLOW_LIVE) && (f->p_count || f->s_count || (f->flags & FLOW_DIVERGED) || behind) &&
+		    (behind || f->work || at.state == PASSTHROUGH || (f->p_head != NONE && releasable(f, record(t, f->p_head))))) {
+			if (f->owner) {
+				f->work = 1;
+			} else {
+				f->owner = 1;
+				drains = true;
+			}
+		}
+		bpf_spin_unlock(&f->lock);
+		if (drains) {
+			skb->cb[CB_FLOW] = index;
+			skb->cb[CB_MODE] = MODE_NO_REDIRECT;
+			skb->cb[CB_OWN] = 0;
+			skb->cb[CB_STAGED] = 0;
+			skb->cb[CB_PARTIAL] = 0;
+			skb->priority = next; /* cb is the drain's now */
+			tc_stages.call(skb, STAGE_DRAIN);
+			return VERDICT_DROP;
+		}
+	}
+	skb->priority = next;
+	return VERDICT_DROP;
+}
+
+/* Looks for what waits too long, and ends idle flows. */
+int sweep(struct __sk_buff *skb)
+{
+	u32 next = skb->cb[1], end = skb->cb[2], zero = 0;
+	u64 now = bpf_ktime_get_ns();
+	struct held_table *t = held.lookup(&zero);
+
+	if (!t)
+		return VERDICT_DROP;
+#pragma nounroll
+	for (int i = 0; i < SWEEP_BATCH; i++) {
+		if (next >= end)
+			break;
+		u32 index = next++, kind = 0, reason = 0, offset = 0;
+		u64 pvm = 0, svm = 0;
+		struct flow *f = flows.lookup(&index);
+		struct place at;
+		if (!f || !(f->flags & FLOW_LIVE) || !place_of_id(&at, f->key.nic))
+			continue;
+		if (!f->p_count && !f->s_count) {
+			reclaim(index, now);
+			continue;
+		}
+		bpf_spin_lock(&f->lock);
+		struct held *p = record(t, f->p_head), *s = record(t, f->s_head);
+		bool p_late = f->p_head != NONE && (s64)(now - p->since_ns) > (s64)at.set->compare_timeout_ns;
+		bool s_late = f->s_head != NONE && (s64)(now - s->since_ns) > (s64)at.set->compare_timeout_ns;
+		if (p_late && releasable(f, p) && !f->owner && f->epoch == at.epoch) {
+			kind = EVENT_KICK; /* its wake-up was lost with a packet that the stack dropped */
+		} else if ((p_late || s_late) && !(f->flags & (FLOW_LATE | FLOW_DIVERGED))) {
+			f->flags |= FLOW_LATE;
+			kind = EVENT_TIMEOUT;
+			reason = s_late ? REASON_MISSING_PVM : REASON_MISSING_SVM;
+			if (p_late) {
+				offset = p->from;
+				pvm = p->digest;
+			}
+			if (s_late)
+				svm = s->digest;
+			if (p_late && s_late && f->key.kind != KIND_TCP) { /* both had their time: they are different datagrams */
+				f->flags |= FLOW_DIVERGED;
+				kind = EVENT_DIVERGENCE;
+				reason = REASON_DATAGRAM;
+				offset = p->end;
+			}
+		}
+		bpf_spin_unlock(&f->lock);
+		if (!kind)
+			continue;
+		if (kind == EVENT_DIVERGENCE || kind == EVENT_TIMEOUT)
+			at.count->divergences[reason & 15]++;
+		if (kind == EVENT_TIMEOUT)
+			at.count->timeouts++;
+		if (kind == EVENT_KICK)
+			at.count->kicks++;
+		tell(&at, kind, reason, index, &f->key, offset, pvm, svm);
+	}
+	skb->priority = next;
+	return VERDICT_DROP;
+}

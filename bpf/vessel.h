@@ -1,0 +1,179 @@
+/* Sending a held packet: some packet's own sk_buff is the vessel, it is overwritten with the held bytes and goes back into the vif, marked. */
+
+#define MODE_CLONE_FIRST 1u /* the vessel is itself a released packet: it goes first, as a clone */
+#define MODE_NO_REDIRECT 2u /* run by BPF_PROG_TEST_RUN, which does not act on a redirect verdict: every packet goes as a clone */
+#define MODE_PARTIAL 4u     /* the vessel's checksum is still to be filled in by the kernel (CHECKSUM_PARTIAL): what it carries must want the same */
+
+static __always_inline u16 fold(u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+/* One's complement sum of the pseudo-header; lengths and protocol in network order as they stand there. */
+static __always_inline u64 pseudo_sum(const struct flow_key *key, u32 l4_len)
+{
+	u64 sum = bpf_htons(l4_len & 0xffff) + bpf_htons(key->proto);
+	bool ip4 = key->guest[2] == bpf_htonl(0xffff) && !key->guest[0] && !key->guest[1];
+#pragma unroll
+	for (int i = 0; i < 4; i++)
+		if (!ip4 || i == 3)
+			sum += (u64)key->guest[i] + key->remote[i];
+	return sum;
+}
+
+/* Checksum update, RFC 1624: `sum` is HC as it stands in the packet. */
+static __always_inline u16 sum_replace(u16 sum, u32 old, u32 new)
+{
+	u64 s = (u16)~sum;
+	s += (u64)(u32)~old + new;
+	return ~fold(s);
+}
+
+/* Sum of `len` bytes at `off` of a slot. The caller has zeroed 4 bytes behind them. */
+static __always_inline u64 slot_sum(struct slot *slot, u32 off, u32 len)
+{
+	u64 sum = 0;
+#pragma nounroll
+	for (int i = 0; i < SLOT_BYTES / 512; i++) { /* bpf_csum_diff() takes 512 bytes at most */
+		if (len < 512 || off > SLOT_BYTES - 512)
+			break;
+		BOUND(off, SLOT_BYTES - 1);
+		s64 part = bpf_csum_diff(NULL, 0, (void *)(slot->byte + off), 512, 0);
+		if (part < 0)
+			return 0;
+		sum += part;
+		off += 512;
+		len -= 512;
+	}
+	BOUND(off, SLOT_BYTES - 1);
+	len = (len + 3) & ~3u;
+	BOUND(len, 0x1fc);
+	if (len) {
+		s64 part = bpf_csum_diff(NULL, 0, (void *)(slot->byte + off), len, 0);
+		if (part >= 0)
+			sum += part;
+	}
+	return sum;
+}
+
+/* Writes the lower ACK and window into the held packet. */
+static __always_inline void lower(struct slot *slot, const struct held *h, u32 ack, u16 win)
+{
+	u32 off = h->l4;
+	if (off > SLOT_BYTES - 64)
+		return;
+	BOUND(off, SLOT_BYTES - 1);
+	u8 *tcp = slot->byte + off;
+	u16 sum = *(u16 *)(tcp + 16);
+	sum = sum_replace(sum, bpf_htonl(h->ack), bpf_htonl(ack));
+	sum = sum_replace(sum, bpf_htons(h->win), bpf_htons(win));
+	*(u32 *)(tcp + 8) = bpf_htonl(ack);
+	*(u16 *)(tcp + 14) = bpf_htons(win);
+	*(u16 *)(tcp + 16) = sum;
+}
+
+/* Keeps the timestamps of a packet that leaves. */
+static __always_inline void note_timestamps(struct flow *f, const struct slot *slot, const struct held *h)
+{
+	u32 o = h->l4 + 20;
+	bool there = h->payload >= o + 12 && o <= SLOT_BYTES - 64;
+	BOUND(o, SLOT_BYTES - 1);
+	if (there && *(u32 *)(slot->byte + o) == bpf_htonl(0x0101080a)) { /* NOP NOP timestamps: the usual layout */
+		f->ts_val = be32_at(slot->byte + o + 4);
+		f->ts_ecr = be32_at(slot->byte + o + 8);
+		f->ts_known = 1;
+	}
+}
+
+/* Overwrites `skb` with slot `slot`. */
+static __always_inline bool load_vessel(struct __sk_buff *skb, const struct place *at, struct slot *slot, const struct held *h, u32 tag)
+{
+	u32 len = h->len;
+	if (skb->vlan_present)
+		bpf_skb_vlan_pop(skb);
+	if (skb->vlan_present) /* popping moved an inner tag there */
+		bpf_skb_vlan_pop(skb);
+	if (len < 14 || bpf_skb_change_tail(skb, len, 0))
+		return false;
+	len -= 14; /* never zero: the helper's demand */
+	BOUND(len, SLOT_BYTES - 1);
+	len += 14;
+	if ( bpf_skb_store_bytes(skb, 0, slot->byte, len, 0))
+		return false;
+	skb->mark = at->set->mark;
+	skb->priority = tag;
+	bpf_set_hash(skb, h->hash);
+	return true;
+}
+
+/* A flow's number and some bits of its generation, as a released packet carries it through the backlog in skb->priority. */
+static __always_inline u32 flow_tag(u32 index, u32 generation) { return index | generation << FLOW_BITS; }
+
+/* An ACK of both VMs' numbers that no packet of the PVM carried: built from what the flow knows. Returns its length. */
+static __always_inline u32 build_ack(struct slot *slot, struct held *h, const struct flow_key *key, const u8 *macs, u32 seq, u32 ack, u16 win, u32 ts_known,
+				     u32 ts_val, u32 ts_ecr)
+{
+	bool ip4 = key->guest[2] == bpf_htonl(0xffff) && !key->guest[0] && !key->guest[1];
+	u8 *b = slot->byte;
+	u32 off = 12, head = ts_known ? 32 : 20;
+
+	__builtin_memcpy(b, macs + 6, 6);
+	__builtin_memcpy(b + 6, macs, 6);
+#pragma unroll
+	for (int i = 0; i < 2; i++) {
+		if (key->vlan[i] & TAG_PRESENT) {
+			*(u16 *)(b + off) = bpf_htons(key->vlan[i] & TAG_AD ? ETH_P_8021AD_ : ETH_P_8021Q_);
+			*(u16 *)(b + off + 2) = bpf_htons(key->vlan[i] & 0xfff);
+			off += 4;
+		}
+	}
+	*(u16 *)(b + off) = bpf_htons(ip4 ? ETH_P_IP_ : ETH_P_IPV6_);
+	off += 2;
+	u8 *ip = b + off;
+	if (ip4) {
+		*(u32 *)ip = bpf_htonl(0x45000000 | (20 + head));
+		*(u32 *)(ip + 4) = bpf_htonl(0x00004000); /* no identification, DF */
+		*(u32 *)(ip + 8) = bpf_htonl(64 << 24 | IPPROTO_TCP << 16);
+		*(u32 *)(ip + 12) = key->guest[3];
+		*(u32 *)(ip + 16) = key->remote[3];
+		u64 sum = 0;
+#pragma unroll
+		for (int i = 0; i < 5; i++)
+			sum += *(u32 *)(ip + 4 * i);
+		*(u16 *)(ip + 10) = ~fold(sum);
+		off += 20;
+	} else {
+		*(u32 *)ip = bpf_htonl(6u << 28);
+		*(u32 *)(ip + 4) = bpf_htonl(head << 16 | IPPROTO_TCP << 8 | 64);
+		__builtin_memcpy(ip + 8, key->guest, 16);
+		__builtin_memcpy(ip + 24, key->remote, 16);
+		off += 40;
+	}
+	u8 *tcp = b + off;
+	*(u16 *)tcp = key->guest_port;
+	*(u16 *)(tcp + 2) = key->remote_port;
+	*(u32 *)(tcp + 4) = bpf_htonl(seq);
+	*(u32 *)(tcp + 8) = bpf_htonl(ack);
+	*(u32 *)(tcp + 12) = bpf_htonl(head / 4 << 28 | TCP_ACK << 16 | win);
+	*(u32 *)(tcp + 16) = 0;
+	u64 sum = pseudo_sum(key, head);
+	if (ts_known) {
+		*(u32 *)(tcp + 20) = bpf_htonl(0x0101080a); /* NOP NOP timestamps */
+		*(u32 *)(tcp + 24) = bpf_htonl(ts_val);
+		*(u32 *)(tcp + 28) = bpf_htonl(ts_ecr);
+		sum += (u64)*(u32 *)(tcp + 20) + *(u32 *)(tcp + 24) + *(u32 *)(tcp + 28);
+	}
+#pragma unroll
+	for (int i = 0; i < 5; i++)
+		sum += *(u32 *)(tcp + 4 * i);
+	*(u16 *)(tcp + 16) = ~fold(sum);
+	h->len = off + head;
+	h->l4 = off;
+	h->payload = off + head;
+	h->type = HELD_ACK;
+	h->flags = HELD_ACKS;
+	return off + head;
+}

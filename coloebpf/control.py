@@ -1,0 +1,190 @@
+"""Working a running dataplane through its pins, without a compile: states, checkpoints, exemptions, events, counters."""
+
+from __future__ import annotations
+
+import ctypes as ct
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coloebpf import bpfsys, snapshot
+from coloebpf.errors import BpfError, ConfigError
+from coloebpf.events import EventReader
+from coloebpf.model import MAX_NICS, MAX_PAIRS, State
+from coloebpf.shapes import Shapes
+
+__all__ = ["Control", "PairState", "State"]
+
+FRAME = bytes(64)  # what flush and sweep are run on: a vessel to overwrite
+FLUSH_ROUNDS = 100_000  # flows a flush may touch before it says that something is wrong
+GAUGE_FLOW_TOP = 2  # bpf/maps.h
+
+
+@dataclass(frozen=True)
+class PairState:
+    """State and epoch (number of checkpoints begun) of a pair."""
+
+    state: State
+    epoch: int
+
+
+class Control:
+    """The maps and programs pinned under one directory. Work in the host's network namespace."""
+
+    def __init__(self, pin_dir: Path, shapes: Shapes) -> None:
+        self.pin_dir, self.shapes = pin_dir, shapes
+        self._fds: dict[str, int] = {}
+        self._events: EventReader | None = None
+
+    @classmethod
+    def open(cls, pin_dir: Path) -> Control:
+        """Raises BpfError if no dataplane is pinned there."""
+        if not (pin_dir / "pairs").exists():
+            raise BpfError(f"no dataplane is attached: {pin_dir} has no pins")
+        return cls(pin_dir, Shapes(pin_dir))
+
+    def close(self) -> None:
+        """Gives back all file descriptors."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def __enter__(self) -> Control:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fd(self, name: str) -> int:
+        """File descriptor of a pinned map or program."""
+        if name not in self._fds:
+            self._fds[name] = bpfsys.obj_get(self.pin_dir / name)
+        return self._fds[name]
+
+    # ---- state of a pair -------------------------------------------------------------------------------------------
+
+    def _pair(self, pair: int) -> Any:
+        if not 0 <= pair < MAX_PAIRS:
+            raise ConfigError(f"pair {pair}: must be below {MAX_PAIRS}")
+        value = self.shapes.leaf("pairs")()
+        bpfsys.lookup(self.fd("pairs"), ct.c_uint32(pair), value)
+        return value
+
+    def _write(self, pair: int, value: Any) -> None:
+        bpfsys.update(self.fd("pairs"), ct.c_uint32(pair), value)
+
+    def state(self, pair: int) -> PairState:
+        """What the programs read for each packet of the pair."""
+        value = self._pair(pair)
+        return PairState(State(value.state), value.epoch)
+
+    def set_state(self, pair: int, state: State) -> None:
+        """Takes effect on the next packet: state and epoch are one word of the map."""
+        value = self._pair(pair)
+        value.state = int(state)
+        self._write(pair, value)
+
+    def set_deadline(self, pair: int, deadline_ns: int) -> None:
+        """End of the right to speak, CLOCK_MONOTONIC ns; 0: none. After it the programs treat the pair as halted."""
+        value = self._pair(pair)
+        value.deadline_ns = deadline_ns
+        self._write(pair, value)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def suspend(self, pair: int) -> int:
+        """`suspended` (design.md, section 5): the old SVM's output proves nothing from here on. Returns the new epoch."""
+        value = self._pair(pair)
+        value.state, value.epoch = int(State.CHECKPOINTING), (value.epoch + 1) & 0xFFFFFFFF
+        self._write(pair, value)
+        return int(value.epoch)
+
+    def commit(self, pair: int) -> int:
+        """`committed`: packets held before the suspension leave, in order. Returns how many were sent."""
+        self.set_state(pair, State.LOCKSTEP)
+        return self.kick()
+
+    def clear_translations(self, pair: int) -> int:
+        """On a secondary: the SVM is (about to be) a copy of the PVM, each offset is zero. One write; returns the new epoch."""
+        value = self._pair(pair)
+        value.epoch = (value.epoch + 1) & 0xFFFFFFFF
+        self._write(pair, value)
+        return int(value.epoch)
+
+    def kick(self) -> int:
+        """Sends whatever may leave. Returns how many packets were released meanwhile."""
+        before = self._released()
+        self._walk("flush", FLUSH_ROUNDS)
+        return self._released() - before
+
+    def sweep(self) -> None:
+        """Looks for what waits too long (events) and ends idle flows."""
+        self._walk("sweep", FLUSH_ROUNDS)
+
+    def _walk(self, program: str, rounds: int) -> None:
+        """Runs `program` over all flows that were ever used; it says in `priority` where it stopped."""
+        top = ct.c_uint64()
+        bpfsys.lookup(self.fd("gauges"), ct.c_uint32(GAUGE_FLOW_TOP), top)
+        here = 0
+        for _ in range(rounds):
+            if here >= top.value:
+                return
+            run = bpfsys.test_run(self.fd(program), FRAME, ctx=bpfsys.sk_buff(0, here, top.value), want_ctx=bpfsys.SK_BUFF_BYTES)
+            here = int.from_bytes(run.ctx[bpfsys.PRIORITY_OFFSET : bpfsys.PRIORITY_OFFSET + 4], "little")
+        raise BpfError(f"{program} did not come to an end in {rounds} runs")
+
+    def _released(self) -> int:
+        return sum(snapshot.counters(self, nic).released_packets for nic in range(MAX_NICS))
+
+    # ---- exemptions ------------------------------------------------------------------------------------------------
+
+    def exempt_add(self, proto: int, guest_port: int, remote: str, nic: int = 0) -> None:
+        """Lets traffic pass uncompared: IP protocol, the guest's port (0: every), the other side's prefix."""
+        bpfsys.update(self.fd("exempt"), self._exempt_key(proto, guest_port, remote, nic), ct.c_uint32(1))
+        self._note_exempts(nic)
+
+    def exempt_del(self, proto: int, guest_port: int, remote: str, nic: int = 0) -> bool:
+        """False if there was no such entry."""
+        found = bpfsys.delete(self.fd("exempt"), self._exempt_key(proto, guest_port, remote, nic))
+        self._note_exempts(nic)
+        return found
+
+    def _exempt_key(self, proto: int, guest_port: int, remote: str, nic: int) -> Any:
+        try:
+            net = ipaddress.ip_network(remote, strict=False)
+        except ValueError as e:
+            raise ConfigError(f"remote {remote!r} is no address prefix such as 10.0.0.0/8 or fd00::/8") from e
+        if not 0 <= proto <= 255 or not 0 <= guest_port <= 65535 or not 0 <= nic < MAX_NICS:
+            raise ConfigError(f"exemption {proto}/{guest_port} on NIC {nic}: protocol, port or NIC is out of range")
+        address = net.network_address.packed
+        mapped, bits = (bytes(10) + b"\xff\xff" + address, 96) if net.version == 4 else (address, 0)
+        key = self.shapes.key("exempt")()
+        key.prefixlen, key.proto, key.nic, key.guest_port = 32 + bits + net.prefixlen, proto, nic, socket.htons(guest_port)
+        ct.memmove(ct.addressof(key) + type(key).remote.offset, mapped, 16)
+        return key
+
+    def _note_exempts(self, nic: int) -> None:
+        """A NIC without exemptions does not search for them."""
+        entries = bpfsys.keys(self.fd("exempt"), self.shapes.key("exempt"))
+        any_left = any(entry.nic == nic for entry in entries)
+        value = self.shapes.leaf("nic_by_id")()
+        bpfsys.lookup(self.fd("nic_by_id"), ct.c_uint32(nic), value)
+        value.exempts = int(any_left)
+        bpfsys.update(self.fd("nic_by_id"), ct.c_uint32(nic), value)
+        if value.vif:
+            bpfsys.update(self.fd("nics"), ct.c_uint32(value.vif), value)
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
+
+    def events(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
+        """What the programs have told since the last call; waits for the first up to `timeout_s`."""
+        if self._events is None:
+            self._events = EventReader(self.fd("events"), self.shapes.leaf("last_events"))
+        return self._events.read(timeout_s)
+
+    def snapshot(self) -> dict[str, Any]:
+        """States, counters and holding times, as JSON knows them."""
+        return snapshot.take(self)

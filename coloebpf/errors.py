@@ -1,0 +1,29 @@
+"""What can go wrong, as sentences: one root, narrow children. The message is for an operator: what, where, what to do."""
+
+
+class ColoError(Exception):
+    """Root of all errors that coloebpf raises on purpose."""
+
+
+class PreflightError(ColoError):
+    """The machine lacks something that coloebpf needs."""
+
+
+class DeviceError(ColoError):
+    """A network device is missing, or can't be set up as the dataplane needs it."""
+
+
+class HookBusyError(ColoError):
+    """A hook on a device is held by a program that is not ours."""
+
+
+class BpfError(ColoError):
+    """The kernel refused a bpf(2) call, or a program does not load."""
+
+
+class LabError(ColoError):
+    """The lab can't do what was asked."""
+
+
+class ConfigError(ColoError):
+    """A value that was given is wrong."""

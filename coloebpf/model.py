@@ -1,0 +1,86 @@
+"""Names that the programs' numbers have: states, roles, policies, reasons. The order is the C enums' (bpf/types.h); a test compares them."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class State(IntEnum):
+    """State of a pair (docs/design.md, section 7)."""
+
+    UNPROTECTED = 0
+    SYNCING = 1
+    LOCKSTEP = 2
+    CHECKPOINTING = 3
+    PASSTHROUGH = 4
+    PROMOTED = 5
+    HALTED = 6
+
+
+class Role(IntEnum):
+    """What a host is to a guest NIC."""
+
+    PRIMARY = 1
+    SECONDARY = 2
+
+
+class Policy(IntEnum):
+    """What happens to frames that are no flow's: ARP, ND, other Ethernet types."""
+
+    PASS = 0
+    COMPARE = 1
+    DROP = 2
+
+
+REASONS = ("payload", "flags", "options", "rst", "fin", "datagram", "missing_on_svm", "missing_on_pvm", "structure")
+DROPS = (
+    "no_slot",
+    "fifo_full",
+    "no_flow",
+    "flow_race",
+    "policy",
+    "foreign_mac",
+    "too_long",
+    "halted",
+    "unknown_link",
+    "no_metadata",
+    "old_epoch",
+    "isolated",
+    "short",
+    "state",
+    "emit",
+    "early_ack",
+    "bad_gso",
+)
+EVENTS = {1: "divergence", 2: "high_water", 3: "timeout", 4: "kick"}
+MAX_NICS = 64
+MAX_PAIRS = 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the dataplane: `mtu` of the guests (bytes), slots of the slab, flows of the table; powers of two."""
+
+    mtu: int = 1500
+    slots: int = 8192
+    flows: int = 65536
+
+    @property
+    def jumbo(self) -> bool:
+        """Frames don't fit slots of 2 KiB."""
+        return self.mtu > 1500
+
+
+@dataclass(frozen=True)
+class NicSpec:
+    """One guest NIC on this host: its numbers, its devices, the VLAN id on `fwd` (0: fwd is its own), the guest's MAC ("": any)."""
+
+    nic: int
+    pair: int
+    role: Role
+    vif: str
+    fwd: str
+    vlan: int = 0
+    mac: str = ""
+    arp: Policy = Policy.PASS
+    nd: Policy = Policy.PASS
+    other: Policy = Policy.COMPARE

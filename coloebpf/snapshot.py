@@ -1,0 +1,111 @@
+"""Counters, states and holding times of one host, summed over CPUs, as plain dicts."""
+
+from __future__ import annotations
+
+import ctypes as ct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coloebpf import bpfsys
+from coloebpf.model import DROPS, MAX_NICS, REASONS, Role, State
+
+if TYPE_CHECKING:
+    from coloebpf.control import Control
+
+GAUGE_SLOTS_USED, GAUGE_FLOWS_USED = 0, 1  # bpf/maps.h
+
+
+def possible_cpus(path: Path = Path("/sys/devices/system/cpu/possible")) -> int:
+    """How many values a per-CPU map has."""
+    return int(path.read_text().strip().split("-")[-1].split(",")[-1]) + 1
+
+
+def _per_cpu_sum(control: Control, table: str, nic: int) -> Any:
+    leaf = control.shapes.leaf(table)
+    values = (leaf * possible_cpus())()
+    bpfsys.lookup(control.fd(table), ct.c_uint32(nic), values)
+    total = leaf()
+    words = ct.sizeof(leaf) // 8  # counters and histograms are u64 throughout
+    whole = (ct.c_uint64 * words).from_buffer(total)
+    for value in values:
+        for i, word in enumerate((ct.c_uint64 * words).from_buffer(value)):
+            whole[i] += word
+    return total
+
+
+def counters(control: Control, nic: int) -> Any:
+    """struct counters of a NIC, summed over CPUs."""
+    return _per_cpu_sum(control, "counters", nic)
+
+
+def holding(control: Control, nic: int) -> dict[str, int]:
+    """Holding times in ns: the upper edge of the bucket (a power of two) that a percentile falls into."""
+    buckets = list(_per_cpu_sum(control, "holding", nic).bucket)
+    count = sum(buckets)
+    times = {"count": count}
+    for name, share in (("p50", 0.50), ("p90", 0.90), ("p99", 0.99)):
+        seen, edge = 0, 0
+        for i, n in enumerate(buckets):
+            seen += n
+            if count and seen >= share * count:
+                edge = 1 << (i + 1)
+                break
+        times[name] = edge
+    return times
+
+
+def _nic(control: Control, nic: Any) -> dict[str, Any]:
+    c = counters(control, nic.id)
+    plain = {name: getattr(c, name) for name, *_ in c._fields_ if name not in ("divergences", "dropped")}
+    return {
+        "nic": nic.id,
+        "pair": nic.pair,
+        "role": Role(nic.role).name.lower(),
+        "vif": _name(nic.vif),
+        "fwd": _name(nic.fwd),
+        "vlan": nic.vlan,
+        **plain,
+        "held": c.held_packets - c.unheld_packets,
+        "parked": c.svm_parked - c.svm_unparked,
+        "divergences": {name: c.divergences[i] for i, name in enumerate(REASONS)},
+        "dropped": {name: c.dropped[i] for i, name in enumerate(DROPS)},
+        "holding_ns": holding(control, nic.id),
+    }
+
+
+def _name(index: int) -> str:
+    import socket
+
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return f"gone ({index})"
+
+
+def take(control: Control) -> dict[str, Any]:
+    """Everything that `status --json` shows of one host."""
+    nics = []
+    for key in bpfsys.keys(control.fd("nics"), ct.c_uint32):  # type: ignore[arg-type]
+        value = control.shapes.leaf("nics")()
+        if bpfsys.lookup(control.fd("nics"), key, value):
+            nics.append(_nic(control, value))
+    nics.sort(key=lambda n: n["nic"])
+    settings = control.shapes.leaf("settings")()
+    bpfsys.lookup(control.fd("settings"), ct.c_uint32(0), settings)
+    used = []
+    for gauge in (GAUGE_SLOTS_USED, GAUGE_FLOWS_USED):
+        value = ct.c_int64()
+        bpfsys.lookup(control.fd("gauges"), ct.c_uint32(gauge), value)
+        used.append(value.value)
+    unknown = counters(control, MAX_NICS - 1).dropped[DROPS.index("unknown_link")]
+    pairs = []
+    for pair in sorted({n["pair"] for n in nics}):
+        state = control.state(pair)
+        pairs.append({"pair": pair, "state": State(state.state).name.lower(), "epoch": state.epoch})
+    return {
+        "pairs": pairs,
+        "nics": nics,
+        "unknown_link": unknown,
+        "slots": {"total": settings.slots, "free": settings.slots - used[0]},
+        "flows": {"total": settings.flows, "free": settings.flows - used[1]},
+    }
