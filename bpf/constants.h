@@ -14,9 +14,9 @@
 #define MAX_SLOTS 8192u /* power of two; 65,536 records of 64 bytes are the 4 MiB that one map value may have */
 #endif
 #ifndef MAX_FLOWS
-#define MAX_FLOWS 65536u /* power of two, at most 2^20: a flow's number shares 32 bits with 12 of its generation */
+#define MAX_FLOWS 65536u /* power of two, at most 2^20: a flow's number shares skb->mark with a secret of 12 bits */
 #endif
-#define FLOW_BITS 20
+#define FLOW_MASK 0xfffffu /* of skb->mark: a flow's number; the other bits are the secret of settings.mark */
 #define NONE 0xffffffffu /* no slot, no flow */
 
 #define MAX_FIFO 1024u     /* records a flow may hold or park a side */
@@ -38,7 +38,7 @@
 #ifndef HASH_ROUNDS
 #define HASH_ROUNDS 48u    /* of 32 bytes: the longest frame, 1,522 */
 #endif
-#define EMIT_STALE_NS 20000000ull /* 20 ms: a released packet that has not come back through the vif by then was dropped by the stack */
+#define EMIT_STALE_NS 500000000ull /* half a second: a released packet that has not come back through the vif by then was dropped by the stack */
 #define MS 1000000ull
 #define SEC 1000000000ull
 #define IDLE_CLOSED (10 * SEC)    /* connection that ended: long enough for a retransmitted FIN */

@@ -23,7 +23,7 @@ int drain(struct __sk_buff *skb)
 
 	if (!f || !t || !keys || !place_of_id(&at, f->key.nic))
 		return VERDICT_DROP; /* never: P2 and P4 have just looked them up */
-	u32 id = at.nic->id, vif = at.nic->vif, tag = flow_tag(index, f->generation);
+	u32 id = at.nic->id, vif = at.nic->vif;
 	struct histogram *waited = holding.lookup(&id);
 	struct scratch *notes = scratch.lookup(&zero);
 	if (!waited || !notes)
@@ -176,7 +176,7 @@ int drain(struct __sk_buff *skb)
 		}
 		if (staged && bpf_clone_redirect(skb, vif, BPF_F_INGRESS))
 			drop(&at, DROP_EMIT);
-		staged = load_vessel(skb, &at, slot, h, tag);
+		staged = load_vessel(skb, &at, slot, h, index, f->generation);
 		own = 0; /* it is no longer the packet it came as */
 		if (!staged)
 			drop(&at, DROP_EMIT);

@@ -69,6 +69,9 @@ static __always_inline void drop(const struct place *at, u32 why)
 	at->count->dropped[why & 31]++;
 }
 
+/* Only what a program of ours sent into the vif carries this mark. */
+static __always_inline bool is_ours(const struct place *at, u32 mark) { return !((mark ^ at->set->mark) & ~FLOW_MASK); }
+
 /* The source is the guest; a NIC without a MAC takes any. */
 static __always_inline bool from_guest(const struct nic *nic, const u8 *eth)
 {

@@ -103,7 +103,7 @@ static __always_inline int pass_original(struct __sk_buff *skb, const struct pla
 /* A released packet comes back through the vif: it goes on to the bridge. If others of its flow had to wait for it, this CPU sends them now. */
 static __always_inline int come_back(struct __sk_buff *skb, const struct place *at)
 {
-	u32 tag = skb->priority, index = tag & ((1u << FLOW_BITS) - 1), zero = 0;
+	u32 index = skb->mark & FLOW_MASK, generation = skb->tc_index, zero = 0;
 	struct flow *f = index < MAX_FLOWS ? flows.lookup(&index) : NULL;
 	struct held_table *t = held.lookup(&zero);
 	bool drains = false;
@@ -111,7 +111,7 @@ static __always_inline int come_back(struct __sk_buff *skb, const struct place *
 	at->count->reentered++;
 	if (f && t) {
 		bpf_spin_lock(&f->lock);
-		if ((f->flags & FLOW_LIVE) && flow_tag(index, f->generation) == tag && f->in_flight) {
+		if ((f->flags & FLOW_LIVE) && (f->generation & 0xffff) == generation && f->in_flight) {
 			f->in_flight--;
 			if (f->work || (f->p_head != NONE && releasable(f, record(t, f->p_head)))) {
 				if (f->owner) {
@@ -124,7 +124,7 @@ static __always_inline int come_back(struct __sk_buff *skb, const struct place *
 		}
 		bpf_spin_unlock(&f->lock);
 	}
-	if (drains) { /* mark and priority stay for the clone */
+	if (drains) { /* mark and tc_index stay for the clone */
 		skb->cb[CB_FLOW] = index;
 		skb->cb[CB_MODE] = MODE_CLONE_FIRST;
 		skb->cb[CB_OWN] = 0;
@@ -133,7 +133,7 @@ static __always_inline int come_back(struct __sk_buff *skb, const struct place *
 		tc_stages.call(skb, STAGE_DRAIN);
 	}
 	skb->mark = 0;
-	skb->priority = 0;
+	skb->tc_index = 0;
 	return VERDICT_PASS;
 }
 
@@ -224,7 +224,7 @@ int p2_output(struct __sk_buff *skb)
 
 	if (!place_of_vif(&at, skb->ifindex))
 		return VERDICT_PASS;
-	if (skb->mark == at.set->mark)
+	if (is_ours(&at, skb->mark))
 		return come_back(skb, &at);
 	at.count->output_packets++;
 	at.count->output_bytes += skb->len;
@@ -435,8 +435,7 @@ int pass_whole(struct __sk_buff *skb)
 	}
 	bpf_spin_unlock(&f->lock);
 	if (work && verdict == VERDICT_PASS) { /* more came in the meantime: this one goes first, as a clone, then serves as vessel */
-		skb->mark = at.set->mark;
-		skb->priority = flow_tag(index, f->generation);
+		put_tag(skb, &at, index, f->generation);
 		skb->cb[CB_MODE] |= MODE_CLONE_FIRST;
 		skb->cb[CB_OWN] = 0;
 		skb->cb[CB_STAGED] = 0;

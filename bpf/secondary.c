@@ -155,7 +155,7 @@ int s3_isolate(struct __sk_buff *skb)
 
 	if (!place_of_vif(&at, skb->ifindex))
 		return VERDICT_PASS;
-	if (skb->mark == at.set->mark)
+	if (is_ours(&at, skb->mark))
 		return VERDICT_PASS;
 	if (at.state != PROMOTED) {
 		drop(&at, DROP_ISOLATED);

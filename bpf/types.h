@@ -36,7 +36,7 @@ struct link_key {
 };
 
 struct settings {
-	u32 mark;      /* random: a released or delivered packet carries it, nothing else can */
+	u32 mark;      /* its upper 12 bits, random and not 0: a released or delivered packet carries them, nothing else can */
 	u32 slots, flows, slot_bytes; /* sizes that the maps were made with */
 	u32 spare;
 	u64 compare_timeout_ns; /* a packet unproven for longer asks for a checkpoint */

@@ -88,8 +88,17 @@ static __always_inline void note_timestamps(struct flow *f, const struct slot *s
 	}
 }
 
+/* A released packet carries its flow's number through the backlog in the mark, beside the bits that no other packet has, and some bits of the flow's
+ * generation in tc_index. (skb->priority would not survive: dev_forward_skb() clears it.) */
+static __always_inline void put_tag(struct __sk_buff *skb, const struct place *at, u32 index, u32 generation)
+{
+	skb->mark = (at->set->mark & ~FLOW_MASK) | (index & FLOW_MASK);
+	skb->tc_index = generation & 0xffff;
+}
+
 /* Overwrites `skb` with slot `slot`. */
-static __always_inline bool load_vessel(struct __sk_buff *skb, const struct place *at, struct slot *slot, const struct held *h, u32 tag)
+static __always_inline bool load_vessel(struct __sk_buff *skb, const struct place *at, struct slot *slot, const struct held *h, u32 index,
+					u32 generation)
 {
 	u32 len = h->len;
 	if (skb->vlan_present)
@@ -103,14 +112,10 @@ static __always_inline bool load_vessel(struct __sk_buff *skb, const struct plac
 	len += 14;
 	if ( bpf_skb_store_bytes(skb, 0, slot->byte, len, 0))
 		return false;
-	skb->mark = at->set->mark;
-	skb->priority = tag;
+	put_tag(skb, at, index, generation);
 	bpf_set_hash(skb, h->hash);
 	return true;
 }
-
-/* A flow's number and some bits of its generation, as a released packet carries it through the backlog in skb->priority. */
-static __always_inline u32 flow_tag(u32 index, u32 generation) { return index | generation << FLOW_BITS; }
 
 /* An ACK of both VMs' numbers that no packet of the PVM carried: built from what the flow knows. Returns its length. */
 static __always_inline u32 build_ack(struct slot *slot, struct held *h, const struct flow_key *key, const u8 *macs, u32 seq, u32 ack, u16 win, u32 ts_known,

@@ -119,7 +119,7 @@ class Dataplane:
             for number in reversed(range(count)):  # a stack: the lowest come first
                 bpfsys.update(self._fd(table), None, ct.c_uint32(number))
         settings = self._module[b"settings"].Leaf()
-        settings.mark = secrets.randbelow(0xFFFFFFFF) + 1
+        settings.mark = (secrets.randbelow(0xFFF) + 1) << 20
         settings.slots, settings.flows, settings.slot_bytes = self.sizes.slots, self.sizes.flows, 16384 if self.sizes.jumbo else 2048
         settings.compare_timeout_ns = COMPARE_TIMEOUT_NS
         bpfsys.update(self._fd("settings"), ct.c_uint32(0), settings)
