@@ -96,7 +96,7 @@ int split(struct __sk_buff *skb)
 		bool last = n <= gso;
 		if (!last)
 			n = gso;
-		if (n > SLOT_BYTES - 640) { /* a segment that no slot takes: the vif's MTU is larger than the dataplane's */
+		if (payload + n > SLOT_BYTES - 65) { /* a segment that no slot takes: the vif's MTU is larger than the dataplane's */
 			give_slot(index);
 			drop(&at, DROP_TOO_LONG);
 			return VERDICT_DROP;
