@@ -24,19 +24,19 @@
 #define FIFO_HIGH 768u     /* a flow asks for a checkpoint from here on: three quarters leave time for one */
 #define SLOTS_LOW (MAX_SLOTS / 4) /* the slab asks for a checkpoint when no more than these are free */
 #ifndef DRAIN_STEPS
-#define DRAIN_STEPS 16     /* steps of one drain run (again what the verifier can follow); it tail-calls itself, up to the kernel's 33 times */
+#define DRAIN_STEPS 12     /* steps of one drain run (again what the verifier can follow); it tail-calls itself, up to the kernel's 33 times */
 #endif
 #define MAX_SEGMENTS 66    /* of a super-packet; 64 KiB of an MSS of 1,220 (IPv6's least) are 54 */
 #ifndef GSO_BATCH
-#define GSO_BATCH 2        /* segments of one split run, likewise */
+#define GSO_BATCH 3        /* segments of one split run, likewise */
 #endif
 
 /* Keys of the hash, one for each 4 bytes: no two positions of a range that is compared in one go may share one. */
 #define STREAM_WORDS 4096u /* TCP: 16 KiB of stream, more than any segment, and 32 KiB stay in the cache */
 #define DGRAM_WORDS 16384u /* datagrams reach 64 KiB */
-#define HASH_PAD 8u        /* the first keys again behind the last, so that four words are read without a wrap */
+#define HASH_PAD 16u       /* the first keys again behind the last, so that eight words are read without a wrap */
 #ifndef HASH_ROUNDS
-#define HASH_ROUNDS 48u    /* of 32 bytes: the longest frame, 1,522 */
+#define HASH_ROUNDS 24u    /* of 64 bytes: the longest frame, 1,522 */
 #endif
 #define EMIT_STALE_NS 500000000ull /* half a second: a released packet that has not come back through the vif by then was dropped by the stack */
 #define MS 1000000ull

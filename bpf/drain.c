@@ -9,11 +9,12 @@
 #define CB_SEGMENT CB_STAGED  /* split: the number of the next segment */
 #define CB_PARTIAL 4 /* offset of the TCP or UDP header of a CHECKSUM_PARTIAL vessel */
 
+#define LAST 8u /* added to a step's verdict: nothing is left to do */
+
 int drain(struct __sk_buff *skb)
 {
 	u32 zero = 0, index = skb->cb[CB_FLOW], mode = skb->cb[CB_MODE], own = skb->cb[CB_OWN], staged = skb->cb[CB_STAGED];
 	u32 cpu = bpf_get_smp_processor_id();
-	u64 now = bpf_ktime_get_ns();
 	struct flow *f = flows.lookup(&index);
 	struct held_table *t = held.lookup(&zero);
 	struct hash_keys *keys = hash_keys.lookup(&zero);
@@ -28,6 +29,7 @@ int drain(struct __sk_buff *skb)
 	struct scratch *notes = scratch.lookup(&zero);
 	if (!waited || !notes)
 		return VERDICT_DROP;
+	u64 now = notes->now;
 
 	if (mode & MODE_CLONE_FIRST) {
 		bpf_spin_lock(&f->lock);
@@ -80,7 +82,7 @@ int drain(struct __sk_buff *skb)
 		if (owed)
 			spare = take_slot(&at);
 		u32 seq = 0, ts_known = 0, verdict = 0;
-		struct held *h = NULL;
+		struct held *h;
 		bpf_spin_lock(&f->lock);
 		u32 head = f->p_head;
 		if (at.state == HALTED) {
@@ -108,6 +110,11 @@ int drain(struct __sk_buff *skb)
 			f->in_flight++;
 			f->emit_cpu = cpu;
 			f->emit_ns = now;
+			/* The last one: the flow needs no owner any more. Until this packet is back, only this CPU may send the next (may_emit()). */
+			if (!f->work && f->p_head == NONE && !matching && !owes_ack(f)) {
+				f->owner = 0;
+				verdict += LAST;
+			}
 		} else if (f->work && verdict == 0) {
 			f->work = 0;
 			verdict = 4;
@@ -116,6 +123,13 @@ int drain(struct __sk_buff *skb)
 		}
 		bpf_spin_unlock(&f->lock);
 
+		verdict = forget(notes, 7, verdict);
+		out = forget(notes, 0, verdict == LAST + 2 || verdict == 2 ? spare : out);
+		seq = forget(notes, 1, seq);
+		ack = forget(notes, 2, ack);
+		win = forget(notes, 3, win);
+		bool last = verdict >= LAST;
+		verdict &= LAST - 1;
 		if (spare != NONE && verdict != 2)
 			give_slot(spare);
 		if (verdict == 0) {
@@ -131,15 +145,12 @@ int drain(struct __sk_buff *skb)
 			tc_stages.call(skb, STAGE_PASS);
 			return VERDICT_DROP;
 		}
-		if (verdict == 2) {
-			out = spare;
-			h = record(t, out);
-			at.count->owed_acks++;
-		}
 		struct slot *slot = slab.lookup(&out);
-		if (!slot || !h)
+		h = record(t, out);
+		if (!slot)
 			return VERDICT_DROP;
 		if (verdict == 2) {
+			at.count->owed_acks++;
 			build_ack(slot, h, &f->key, f->guest_mac, seq, ack, win, ts_known, f->ts_val, f->ts_ecr);
 			h->hash = f->hash;
 		} else {
@@ -185,6 +196,10 @@ int drain(struct __sk_buff *skb)
 			if (bpf_clone_redirect(skb, vif, BPF_F_INGRESS))
 				drop(&at, DROP_EMIT);
 			staged = 0;
+		}
+		if (last) {
+			more = false;
+			break;
 		}
 	}
 

@@ -45,22 +45,41 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 		if (w)
 			first = *w;
 	}
+	const u64 *table = stream ? keys->stream : keys->datagram;
+	u32 mask = stream ? STREAM_WORDS - 1 : DGRAM_WORDS - 1;
 #pragma nounroll
 	for (int i = 0; i < HASH_ROUNDS; i++) {
-		if (words < 4)
+		if (words < 8)
 			break;
-		w = words_at(v, here, 32);
+		w = words_at(v, here, 64);
 		if (!w)
 			break;
-		BOUND(word, DGRAM_WORDS - 1);
-		const u64 *k = keys_at(keys, word, stream);
+		u32 at_word = word & mask;
+		BOUND(at_word, DGRAM_WORDS - 1);
+		const u64 *k = table + at_word;
 		a += word_hash(k, w[0]);
 		b += word_hash(k + 2, w[1]);
 		c += word_hash(k + 4, w[2]);
 		d += word_hash(k + 6, w[3]);
+		a += word_hash(k + 8, w[4]);
+		b += word_hash(k + 10, w[5]);
+		c += word_hash(k + 12, w[6]);
+		d += word_hash(k + 14, w[7]);
+		here += 64;
+		word += 16;
+		words -= 8;
+	}
+	if (words & 4) {
+		w = words_at(v, here, 32);
+		if (w) {
+			const u64 *k = keys_at(keys, word, stream);
+			a += word_hash(k, w[0]);
+			b += word_hash(k + 2, w[1]);
+			c += word_hash(k + 4, w[2]);
+			d += word_hash(k + 6, w[3]);
+		}
 		here += 32;
 		word += 8;
-		words -= 4;
 	}
 	BOUND(words, 3);
 	BOUND(here, MAX_FRAME);

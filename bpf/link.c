@@ -50,12 +50,9 @@ unknown:;
 int link_deliver(struct __sk_buff *skb)
 {
 	struct arrival *a = (void *)(long)skb->data_meta;
-	struct place at;
 
 	if ((void *)(a + 1) > (void *)(long)skb->data)
 		return VERDICT_DROP;
-	if (!place_of_id(&at, a->nic))
-		return VERDICT_DROP;
-	tc_stages.call(skb, at.nic->role == ROLE_PRIMARY ? STAGE_P4 : STAGE_S1);
+	tc_stages.call(skb, a->type ? STAGE_P4 : STAGE_S1); /* only P3 says what type of record it is */
 	return VERDICT_DROP;
 }

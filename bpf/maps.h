@@ -14,7 +14,7 @@
 	}; \
 	__attribute__((section("maps/array:" PIN_DIR "/" #name))) struct name##_table_t name = {.max_entries = 1}; \
 	BPF_ANNOTATE_KV_PAIR(name, u32, type)
-#define HASH_KEYS_BYTES 163984 /* (4096 + 8 + 16384 + 8 + 2) * 8 */
+#define HASH_KEYS_BYTES 164112 /* (4096 + 16 + 16384 + 16 + 2) * 8 */
 #ifndef HELD_BYTES
 #define HELD_BYTES 524288 /* MAX_SLOTS * 64 */
 #endif
@@ -53,6 +53,7 @@ BPF_TABLE_PINNED("prog", u32, u32, xdp_stages, 4, PIN_DIR "/xdp_stages");       
 #define STAGE_S1 3
 #define STAGE_PASS 4
 #define STAGE_HOLD 5
+#define STAGE_SPLIT_UDP 6
 #define STAGE_P3 0 /* in xdp_stages */
 #define STAGE_S1_XDP 1
 

@@ -125,6 +125,10 @@ static __always_inline int come_back(struct __sk_buff *skb, const struct place *
 		bpf_spin_unlock(&f->lock);
 	}
 	if (drains) { /* mark and tc_index stay for the clone */
+		u32 zero_key = 0;
+		struct scratch *notes = scratch.lookup(&zero_key);
+		if (notes)
+			notes->now = bpf_ktime_get_ns();
 		skb->cb[CB_FLOW] = index;
 		skb->cb[CB_MODE] = MODE_CLONE_FIRST;
 		skb->cb[CB_OWN] = 0;
@@ -158,8 +162,8 @@ static __always_inline void watch_flow(const struct place *at, struct flow *f, s
 }
 
 /* Links record `index` into its flow, or finds that the packet may pass. */
-static __always_inline u32 p_take(struct flow *f, struct held_table *t, const struct place *at, const struct flow_ref *ref, u32 index, u64 now, bool single,
-				  u32 *ack, u16 *win, u32 *used)
+static __always_inline u32 p_take(struct flow *f, struct held_table *t, const struct place *at, const struct flow_ref *ref, u32 index, u64 now, u32 kind,
+				  bool single, u32 *ack, u16 *win, u32 *used)
 {
 	struct held *h = record(t, index);
 	u32 take;
@@ -193,9 +197,9 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 		bpf_spin_unlock(&f->lock);
 		return take;
 	}
-	if (f->epoch != at->epoch && f->key.kind != KIND_TCP)
+	if (f->epoch != at->epoch && kind != KIND_TCP)
 		f->flags &= ~FLOW_DIVERGED; /* records match by their own epoch; the flow's follows with the next drain */
-	if (at->state != LOCKSTEP || (f->epoch != at->epoch && f->key.kind == KIND_TCP)) { /* proves nothing now; keeps its place */
+	if (at->state != LOCKSTEP || (f->epoch != at->epoch && kind == KIND_TCP)) { /* proves nothing now; keeps its place */
 		take = f->p_count >= MAX_FIFO ? TAKE_FULL : TAKE_HOLD;
 		if (take == TAKE_HOLD) {
 			p_append(f, t, index);
@@ -206,7 +210,7 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 				take = TAKE_DRAIN;
 			}
 		}
-	} else if (f->key.kind == KIND_TCP) {
+	} else if (kind == KIND_TCP) {
 		take = p_take_stream(f, t, index, h, now, single, used);
 	} else {
 		take = p_take_datagram(f, t, index, h, now, single, used);
@@ -297,12 +301,13 @@ int p2_output(struct __sk_buff *skb)
 		skb->cb[CB_GENERATION] = ref->generation;
 		skb->cb[CB_OWN] = 0;
 		skb->cb[CB_SEGMENT] = 0;
-		tc_stages.call(skb, STAGE_SPLIT);
+		tc_stages.call(skb, p->key.kind == KIND_TCP ? STAGE_SPLIT : STAGE_SPLIT_UDP);
 		return VERDICT_DROP;
 	}
 
 	notes->slot = index;
 	notes->len = len;
+	notes->now = now;
 	tc_stages.call(skb, STAGE_HOLD);
 refuse:
 	give_slot(index);
@@ -320,7 +325,7 @@ int hold(struct __sk_buff *skb)
 	struct hash_keys *keys = hash_keys.lookup(&zero);
 	struct place at;
 
-	if (!notes || !t || !keys || !place_of_vif(&at, skb->ifindex))
+	if (!notes || !t || !keys || !place_of_id(&at, notes->packet.key.nic))
 		return VERDICT_DROP;
 	struct packet *p = &notes->packet;
 	struct flow_ref *ref = &notes->ref;
@@ -331,13 +336,13 @@ int hold(struct __sk_buff *skb)
 		return VERDICT_DROP;
 	struct held *h = record(t, index);
 	struct view v = {.data = slot->byte, .len = len, .slot = true};
-	u64 now = bpf_ktime_get_ns();
+	u64 now = notes->now; /* P2 has just read the clock */
 	describe(h, notes, &v, keys, at.epoch, now);
 	h->len = len;
 	h->hash = f->hash;
 	bool partial = fill_checksum(slot, p, len);
 	at.count->segments++;
-	u32 take = p_take(f, t, &at, ref, index, now, true, &ack, &win, &used);
+	u32 take = p_take(f, t, &at, ref, index, now, p->key.kind, true, &ack, &win, &used);
 	if (used != NONE) {
 		at.count->svm_unparked++;
 		give_slot(used);
@@ -549,7 +554,10 @@ int p4_prove(struct __sk_buff *skb)
 		drop(&at, DROP_OLD_EPOCH);
 		return VERDICT_DROP;
 	}
-	u64 now = bpf_ktime_get_ns();
+	struct scratch *notes = scratch.lookup(&zero);
+	if (!notes)
+		return VERDICT_DROP;
+	u64 now = notes->now = bpf_ktime_get_ns();
 	s.next = NONE;
 	s.flow = flow;
 	s.digest = a->digest;

@@ -51,7 +51,8 @@ static __always_inline void segment_headers(struct slot *slot, struct packet *p,
 		*(u16 *)(h + 6) = check ? check : 0xffff;
 }
 
-int split(struct __sk_buff *skb)
+/* `kind` and `batch` are constant: the verifier can't follow the search for equal datagrams more than once in a program. */
+static __always_inline int split_packet(struct __sk_buff *skb, u32 kind, int batch, u32 stage)
 {
 	u32 zero = 0, own = skb->cb[CB_OWN], next = skb->cb[CB_SEGMENT], gso = skb->gso_size, why = DROP_BAD_GSO;
 	u32 tagged = skb->vlan_present ? 4 : 0;
@@ -67,7 +68,7 @@ int split(struct __sk_buff *skb)
 	if (!t || !f || !keys || !gso || !place_of_vif(&at, skb->ifindex))
 		return VERDICT_DROP;
 #pragma nounroll
-	for (int i = 0; i < GSO_BATCH; i++) {
+	for (int i = 0; i < batch; i++) {
 		struct scratch *notes = fresh_scratch(&at);
 		if (!notes)
 			return VERDICT_DROP;
@@ -86,7 +87,7 @@ int split(struct __sk_buff *skb)
 		struct view v = {.data = slot->byte, .len = len, .slot = true, .part = true};
 		parse(&v, p, len, false);
 		u32 off = next * gso, total = p->length, payload = p->payload;
-		if ((p->key.kind != KIND_TCP && p->key.kind != KIND_UDP) || payload + total != skb->len + tagged || payload > 511 || off >= total ||
+		if (p->key.kind != kind || payload + total != skb->len + tagged || payload > 511 || off >= total ||
 		    (p->tcp_flags & (TCP_SYN | TCP_RST))) {
 			give_slot(index);
 			drop(&at, why);
@@ -119,7 +120,7 @@ int split(struct __sk_buff *skb)
 		h->len = payload + n;
 		h->hash = skb->hash;
 		l4 = p->l4;
-		u32 take = p_take(f, t, &at, &ref, index, now, false, &ack, &win, &used);
+		u32 take = p_take(f, t, &at, &ref, index, now, kind, false, &ack, &win, &used);
 		if (used != NONE) {
 			at.count->svm_unparked++;
 			give_slot(used);
@@ -142,7 +143,7 @@ int split(struct __sk_buff *skb)
 	if (!done) {
 		skb->cb[CB_OWN] = own;
 		skb->cb[CB_SEGMENT] = next;
-		tc_stages.call(skb, STAGE_SPLIT);
+		tc_stages.call(skb, stage);
 	}
 	watch_slab(&at);
 	bpf_spin_lock(&f->lock);
@@ -156,6 +157,9 @@ int split(struct __sk_buff *skb)
 	}
 	bpf_spin_unlock(&f->lock);
 	if (drains) {
+		struct scratch *notes = scratch.lookup(&zero);
+		if (notes)
+			notes->now = now;
 		skb->cb[CB_FLOW] = ref.index;
 		skb->cb[CB_MODE] = MODE_PARTIAL;
 		skb->cb[CB_OWN] = whole ? own : 0; /* with refused segments the super-packet must not pass */
@@ -165,4 +169,15 @@ int split(struct __sk_buff *skb)
 	}
 	watch_flow(&at, f, t, ref.index, now);
 	return VERDICT_DROP;
+}
+
+int split(struct __sk_buff *skb)
+{
+	return split_packet(skb, KIND_TCP, GSO_BATCH, STAGE_SPLIT);
+}
+
+/* UDP with segmentation offload (UDP_SEGMENT, virtio's USO): up to some 30 segments, the rest is refused and counted. */
+int split_udp(struct __sk_buff *skb)
+{
+	return split_packet(skb, KIND_UDP, 1, STAGE_SPLIT_UDP);
 }

@@ -195,6 +195,8 @@ struct scratch {
 	struct packet packet;
 	struct flow_ref ref;
 	u32 slot, len; /* from P2 to its second half */
+	u64 now;       /* from P2's second half and P4 to drain: one reading of the clock a packet */
+	u32 spare;     /* a free slot kept by this CPU, plus one; 0: none */
 	struct edits edits;
 	u32 cell[8]; /* see forget() */
 	struct held held;

@@ -39,6 +39,9 @@ int flush(struct __sk_buff *skb)
 			skb->cb[CB_OWN] = 0;
 			skb->cb[CB_STAGED] = 0;
 			skb->cb[CB_PARTIAL] = 0;
+			struct scratch *notes = scratch.lookup(&zero);
+			if (notes)
+				notes->now = bpf_ktime_get_ns();
 			skb->priority = next; /* cb is the drain's now */
 			tc_stages.call(skb, STAGE_DRAIN);
 			return VERDICT_DROP;

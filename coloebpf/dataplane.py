@@ -21,11 +21,11 @@ PIN_ROOT = Path("/sys/fs/bpf/coloebpf")
 COMPARE_TIMEOUT_NS = 200_000_000  # design.md, section 4; QEMU's is 3 s
 
 TC_PROGRAMS = (
-    "p1_mirror", "p2_output", "hold", "split", "pass_whole", "p4_prove", "drain",
+    "p1_mirror", "p2_output", "hold", "split", "split_udp", "pass_whole", "p4_prove", "drain",
     "s1_deliver", "s2_output", "s3_isolate", "link_deliver", "flush", "sweep",
 )  # fmt: skip
 XDP_PROGRAMS = ("link_arrive", "p3_arrive", "s1_arrive")
-TC_STAGES = {0: "drain", 1: "split", 2: "p4_prove", 3: "s1_deliver", 4: "pass_whole", 5: "hold"}  # STAGE_* of bpf/maps.h
+TC_STAGES = {0: "drain", 1: "split", 2: "p4_prove", 3: "s1_deliver", 4: "pass_whole", 5: "hold", 6: "split_udp"}  # STAGE_* of bpf/maps.h
 XDP_STAGES = {0: "p3_arrive", 1: "s1_arrive"}
 MAPS = (
     "settings", "hash_keys", "pairs", "nics", "nic_by_id", "links", "flow_refs", "flows", "held", "slab", "free_slots", "free_flows",
@@ -42,7 +42,7 @@ def _defines(sizes: Sizes, pin_dir: Path) -> list[str]:
         raise ConfigError(f"mtu = {sizes.mtu}: must be between 576 and 9000")
     flags = [f'-DPIN_DIR="{pin_dir}"', f"-DMAX_SLOTS={sizes.slots}u", f"-DHELD_BYTES={sizes.slots * 64}", f"-DMAX_FLOWS={sizes.flows}u"]
     if sizes.jumbo:  # a longer hash leaves the verifier less for the rest
-        flags += ["-DSLOT_SHIFT=14", "-DHASH_ROUNDS=283", "-DDRAIN_STEPS=6", "-DGSO_BATCH=1"]
+        flags += ["-DSLOT_SHIFT=14", "-DHASH_ROUNDS=142", "-DDRAIN_STEPS=4", "-DGSO_BATCH=1"]
     return flags
 
 
@@ -110,10 +110,10 @@ class Dataplane:
             return
         size = ct.sizeof(self._module[b"hash_keys"].Leaf)
         keys = bytearray(os.urandom(size))
-        # word[n + HASH_WORDS] must be word[n] again: tables of 4,096 and 16,384 keys, each with 8 behind (bpf/constants.h)
-        keys[4096 * 8 : 4104 * 8] = keys[:64]
-        second = 4104 * 8
-        keys[second + 16384 * 8 : second + 16392 * 8] = keys[second : second + 64]
+        # word[n + HASH_WORDS] must be word[n] again: tables of 4,096 and 16,384 keys, each with 16 behind (bpf/constants.h)
+        keys[4096 * 8 : 4112 * 8] = keys[:128]
+        second = 4112 * 8
+        keys[second + 16384 * 8 : second + 16400 * 8] = keys[second : second + 128]
         bpfsys.update(self._fd("hash_keys"), ct.c_uint32(0), (ct.c_char * size).from_buffer(keys))
         for table, count in (("free_slots", self.sizes.slots), ("free_flows", self.sizes.flows)):
             for number in reversed(range(count)):  # a stack: the lowest come first
