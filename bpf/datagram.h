@@ -20,8 +20,8 @@ static __always_inline bool same_id(const struct held *a, const struct held *b)
 /* PVM fragment `h` is linked: when its datagram is whole, gives the datagram's digest to all its fragments. */
 static __always_inline bool p_complete(struct flow *f, struct held_table *t, struct held *h)
 {
-	u32 here = f->p_head, have = 0, total = 0;
-	u64 sum = 0;
+	u32 here = f->p_head, have = forget_here(f, 0), total = forget_here(f, 0);
+	u64 sum = forget_here(f, 0);
 
 #pragma nounroll
 	for (int i = 0; i < WALK; i++) {
@@ -134,7 +134,7 @@ static __always_inline u32 use_equal(struct flow *f, struct held_table *t, const
 /* A PVM datagram or fragment, its record filled in. `*used`: a slot of the SVM's that it used up. */
 static __always_inline u32 p_take_datagram(struct flow *f, struct held_table *t, u32 index, struct held *h, u64 now, bool single, u32 *used)
 {
-	bool alone = single && !f->p_count && !f->owner && may_pass(f, now), diverged = f->flags & FLOW_DIVERGED;
+	bool alone = forget_here(f, single && !f->p_count && !f->owner && may_pass(f, now)), diverged = f->flags & FLOW_DIVERGED;
 
 	if (f->p_count >= MAX_FIFO)
 		return TAKE_FULL;

@@ -3,11 +3,18 @@
  * It is multilinear hashing (Carter & Wegman; Lemire & Kaser, "Strongly universal string hashing is fast"): for words of 32 bits and random
  * keys of 64, two different ranges agree with probability 2^-33 at worst, 2^-64 typically. Being linear it can be cut anywhere: the hash of a
  * range is the sum of its parts' wherever the borders are, which is what comparing TCP streams with different segments needs. Position
- * counts, every byte counts. Four independent lanes keep the multiplier busy. */
+ * counts, every byte counts. Two lanes of sums keep the multiplier busy; more would not fit BPF's registers. */
 
 static __always_inline u64 word_hash(const u64 *key, u64 w)
 {
 	return key[0] * (u32)w + key[1] * (w >> 32);
+}
+
+/* The same of the 8 bytes at `w`, in two loads: without the shifts a 64-byte round has no spills in BPF's ten registers. */
+static __always_inline u64 bytes_hash(const u64 *key, const u64 *w)
+{
+	const u32 *half = (const u32 *)w;
+	return key[0] * half[0] + key[1] * half[1];
 }
 
 /* Keys from word `word` on; streams and datagrams have a table each. */
@@ -31,7 +38,7 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 {
 	u32 phase = pos & 7, word = (pos & ~7u) >> 2;
 	u32 here = off - phase, words = (phase + len) >> 3, rest = (phase + len) & 7;
-	u64 sum = 0, a = 0, b = 0, c = 0, d = 0, first = 0, *w;
+	u64 sum = 0, a = 0, b = 0, first = 0, *w;
 
 	if (!len)
 		return 0;
@@ -57,14 +64,14 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 		u32 at_word = word & mask;
 		BOUND(at_word, DGRAM_WORDS - 1);
 		const u64 *k = table + at_word;
-		a += word_hash(k, w[0]);
-		b += word_hash(k + 2, w[1]);
-		c += word_hash(k + 4, w[2]);
-		d += word_hash(k + 6, w[3]);
-		a += word_hash(k + 8, w[4]);
-		b += word_hash(k + 10, w[5]);
-		c += word_hash(k + 12, w[6]);
-		d += word_hash(k + 14, w[7]);
+		a += bytes_hash(k, w + 0);
+		b += bytes_hash(k + 2, w + 1);
+		a += bytes_hash(k + 4, w + 2);
+		b += bytes_hash(k + 6, w + 3);
+		a += bytes_hash(k + 8, w + 4);
+		b += bytes_hash(k + 10, w + 5);
+		a += bytes_hash(k + 12, w + 6);
+		b += bytes_hash(k + 14, w + 7);
 		here += 64;
 		word += 16;
 		words -= 8;
@@ -73,10 +80,10 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 		w = words_at(v, here, 32);
 		if (w) {
 			const u64 *k = keys_at(keys, word, stream);
-			a += word_hash(k, w[0]);
-			b += word_hash(k + 2, w[1]);
-			c += word_hash(k + 4, w[2]);
-			d += word_hash(k + 6, w[3]);
+			a += bytes_hash(k, w + 0);
+			b += bytes_hash(k + 2, w + 1);
+			a += bytes_hash(k + 4, w + 2);
+			b += bytes_hash(k + 6, w + 3);
 		}
 		here += 32;
 		word += 8;
@@ -84,12 +91,12 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 	BOUND(words, 3);
 	BOUND(here, MAX_FRAME);
 	BOUND(word, DGRAM_WORDS - 1);
-	sum = a + b + c + d;
+	sum = a + b;
 	if (words & 2) {
 		w = words_at(v, here, 16);
 		if (w) {
 			const u64 *k = keys_at(keys, word, stream);
-			sum += word_hash(k, w[0]) + word_hash(k + 2, w[1]);
+			sum += bytes_hash(k, w) + bytes_hash(k + 2, w + 1);
 		}
 		here += 16;
 		word += 4;
@@ -97,7 +104,7 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 	if (words & 1) {
 		w = words_at(v, here, 8);
 		if (w)
-			sum += word_hash(keys_at(keys, word, stream), *w);
+			sum += bytes_hash(keys_at(keys, word, stream), w);
 		word += 2;
 	}
 	if (rest) { /* the last 8 bytes of the range, shifted so that the rest stands where its word would have it */

@@ -340,7 +340,7 @@ int hold(struct __sk_buff *skb)
 	describe(h, notes, &v, keys, at.epoch, now);
 	h->len = len;
 	h->hash = f->hash;
-	bool partial = fill_checksum(slot, p, len);
+	bool partial = forget(notes, 3, fill_checksum(slot, p, len));
 	at.count->segments++;
 	u32 take = p_take(f, t, &at, ref, index, now, p->key.kind, true, &ack, &win, &used);
 	if (used != NONE) {

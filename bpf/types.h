@@ -130,7 +130,7 @@ struct flow {
 	u32 s_ack;      /* highest of the SVM */
 	u32 c_ack;      /* highest that the client was sent */
 	u16 p_win, s_win, c_win;
-	u16 spare;
+	u16 cell;       /* see forget_here() */
 	u32 s_sack;     /* highest edge of the SVM's SACK blocks */
 	u32 hash; /* of the PVM's last packet, for the owed ACK */
 	u32 ts_val, ts_ecr, ts_known; /* of the PVM's packet released last, for the owed ACK; written by the owner or by P2 */
