@@ -30,6 +30,7 @@ static __always_inline bool describe(struct held *h, struct scratch *notes, cons
 			h->flags = HELD_ACKS;
 		if (flags & TCP_RST) {
 			h->type = HELD_RST;
+			h->digest = word_mix(keys, pos);
 			len = 0;
 		} else if (flags & TCP_SYN) {
 			h->type = HELD_SYN;

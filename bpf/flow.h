@@ -268,9 +268,10 @@ static __always_inline bool may_emit(const struct flow *f, u32 cpu, u64 now) { r
 static __always_inline void rebase(struct flow *f, u32 epoch)
 {
 	f->epoch = epoch;
-	f->flags &= ~(FLOW_DIVERGED | FLOW_LATE | FLOW_TOLD | FLOW_REFILL);
+	f->flags &= ~(FLOW_DIVERGED | FLOW_LATE | FLOW_TOLD | FLOW_SEEK);
 	f->matched = f->proven;
 	f->p_next = f->p_head; /* matching skips what is committed */
+	f->svm_isn = f->pvm_isn;
 	if (f->flags & FLOW_C_ACK) { /* the new SVM has received all that the PVM had */
 		if (!(f->flags & FLOW_S_ACK) || seq_lt(f->s_ack, f->p_ack))
 			f->s_ack = f->p_ack;

@@ -47,6 +47,15 @@ static __always_inline void start_stream(struct flow *f, u32 at)
 	f->proven = f->matched = at;
 }
 
+/* A SYN that both sent begins a connection; its numbers tell when either sends it again. */
+static __always_inline void note_syn(struct flow *f, const struct held *p, u32 svm_isn)
+{
+	f->svm_isn = svm_isn;
+	f->pvm_isn = p->from;
+	f->syn_digest = p->digest;
+	f->flags = (f->flags & ~(FLOW_FIN | FLOW_RST)) | FLOW_SVM_SYN;
+}
+
 /* Lowers ACK and window to what both VMs stand for (promise 2), and notes what the client has then been told. */
 static __always_inline void account_release(struct flow *f, const struct held *h, u32 *ack, u16 *win)
 {
@@ -55,6 +64,8 @@ static __always_inline void account_release(struct flow *f, const struct held *h
 	if (h->epoch != f->epoch) { /* committed, not proven: both VMs stand behind it now */
 		if (h->type <= HELD_SYN && (!(f->flags & FLOW_BASED) || h->type == HELD_SYN || seq_lt(f->proven, h->end)))
 			start_stream(f, h->end);
+		if (h->type == HELD_SYN)
+			note_syn(f, h, h->from);
 		if ((h->flags & HELD_ACKS) && (!(f->flags & FLOW_S_ACK) || h->type == HELD_SYN || seq_lt(f->s_ack, h->ack))) {
 			f->flags |= FLOW_S_ACK;
 			f->s_ack = h->ack;
@@ -94,16 +105,23 @@ static __always_inline void prove(struct flow *f, struct held *h)
 	f->p_proven++;
 }
 
-/* The stream is proven up to `end`; matching goes on behind record `h`, or from the first one where a hole was just filled. */
+/* Matching goes on behind record `h`. Whoever comes to the end without having found what fills the hole starts again with the first. */
+static __always_inline void advance(struct flow *f, const struct held *h, bool stop)
+{
+	f->p_next = h->next;
+	if ((stop || h->next == NONE) && (f->flags & FLOW_SEEK)) {
+		f->flags &= ~(FLOW_SEEK | FLOW_REFILL);
+		f->p_next = f->p_head;
+	}
+}
+
+/* The stream is proven up to `end`; matching goes on behind record `h`, or, where a hole was just filled, from the first one. */
 static __always_inline void prove_stream(struct flow *f, struct held *h, u32 end)
 {
 	prove(f, h);
 	f->proven = f->matched = end;
-	f->p_next = h->next;
-	if (f->flags & FLOW_REFILL) {
-		f->flags &= ~FLOW_REFILL;
-		f->p_next = f->p_head;
-	}
+	f->p_next = f->flags & FLOW_REFILL ? f->p_head : h->next;
+	f->flags &= ~FLOW_SEEK;
 }
 
 /* Are PVM record `p` and SVM record `s` the same piece of stream, both at the frontier? */
@@ -122,14 +140,23 @@ static __always_inline void end_piece(struct flow *f, const struct held *p, u32 
 {
 	if (p->type == HELD_SYN) {
 		start_stream(f, p->end);
-		f->svm_isn = svm_from;
-		f->flags = (f->flags & ~(FLOW_FIN | FLOW_RST)) | FLOW_SVM_SYN;
+		note_syn(f, p, svm_from);
 	} else if (p->type == HELD_RST) {
-		f->flags |= FLOW_RST;
+		f->flags = (f->flags & ~FLOW_SVM_SYN) | FLOW_RST;
 	} else {
 		f->proven = f->matched = p->end;
-		f->flags |= FLOW_OPEN | (p->flags & HELD_FIN ? FLOW_FIN : 0);
+		f->flags |= FLOW_OPEN;
+		if (p->flags & HELD_FIN) /* a SYN from here on is another connection's, even with the same number */
+			f->flags = (f->flags & ~FLOW_SVM_SYN) | FLOW_FIN;
 	}
+}
+
+/* The PVM sends again what was proven. */
+static __always_inline bool repeats(const struct flow *f, const struct held *h)
+{
+	if (h->type == HELD_DATA)
+		return (f->flags & FLOW_BASED) && seq_le(h->end, f->proven);
+	return h->type == HELD_SYN && (f->flags & FLOW_SVM_SYN) && h->from == f->pvm_isn && h->digest == f->syn_digest;
 }
 
 /* A PVM packet, its record filled in. `single`: it may pass, or its program become the owner; a segment of a super-packet may not.
@@ -145,31 +172,34 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 		start_stream(f, h->from); /* what the PVM sent before was before its protection */
 	if (h->type == HELD_ACK && alone && acked && seq_le(h->ack, f->s_ack))
 		return TAKE_PASS;
-	if (h->type == HELD_DATA) {
-		if (seq_le(h->end, f->proven)) { /* the PVM sends again what was proven */
-			if (single && acked && may_pass(f, now))
-				return TAKE_PASS;
-			h->flags |= HELD_PROVEN;
-		}
+	if (repeats(f, h)) {
+		if (single && acked && may_pass(f, now))
+			return TAKE_PASS;
+		h->flags |= HELD_PROVEN;
 	}
 	if (alone && acked && f->s_head != NONE && !(f->flags & FLOW_DIVERGED)) {
 		u32 s = f->s_head;
-		struct held *r = record(t, s);
-		if (same_piece(f, h, r)) {
+		struct held *r = record(t, s), *then = record(t, r->next);
+		/* What the SVM sent twice must not stay behind: the owner clears it. */
+		bool clear = r->next == NONE || then->type != r->type || (r->type == HELD_DATA && seq_le(r->end, then->from));
+		if (clear && same_piece(f, h, r)) {
 			end_piece(f, h, r->from);
 			s_unlink_head(f, t);
 			*used = s;
 			return TAKE_PASS;
 		}
 	}
-	p_append(f, t, index);
-	if (f->p_next != NONE && f->p_next != index && h->type == HELD_DATA && !(h->flags & HELD_PROVEN)) {
-		struct held *next = record(t, f->p_next);
-		if (next->type == HELD_DATA && seq_lt(f->matched, next->from) && seq_le(h->from, f->matched) && seq_lt(f->matched, h->end)) {
-			f->p_next = index; /* it fills the hole before what is held */
-			f->flags |= FLOW_REFILL;
-		}
+	if (!f->p_count) {
+		f->flags &= ~(FLOW_GAP | FLOW_REFILL | FLOW_SEEK);
+		f->p_high = f->proven;
 	}
+	if (h->type == HELD_DATA && seq_lt(f->p_high, h->from))
+		f->flags |= FLOW_GAP;
+	else if (h->type == HELD_DATA && (f->flags & FLOW_GAP) && seq_lt(h->from, f->p_high))
+		f->flags |= FLOW_REFILL; /* it may fill the hole before what is held */
+	if (h->type == HELD_SYN || (h->type == HELD_DATA && seq_lt(f->p_high, h->end)))
+		f->p_high = h->end;
+	p_append(f, t, index);
 	if (f->owner) {
 		f->work = 1;
 		return TAKE_HOLD;
@@ -248,25 +278,40 @@ static __always_inline u32 match_stream(struct flow *f, struct held_table *t, st
 	u32 trim = 0; /* 1: the PVM's record, 2: the SVM's begins before the frontier */
 	u64 piece = 0;
 
-	if (p_index == NONE || s_index == NONE || (f->flags & FLOW_DIVERGED))
+	if (f->flags & FLOW_DIVERGED)
 		return STEP_WAIT;
 	struct held *p = record(t, p_index), *s = record(t, s_index);
-	if (p->type == HELD_ACK || (p->flags & HELD_PROVEN) || (s32)(f->epoch - p->epoch) > 0) {
+	if (s_index != NONE && (s->epoch != f->epoch || (s->type == HELD_SYN && f->svm_isn == s->from && (f->flags & FLOW_SVM_SYN)) ||
+				(s->type == HELD_DATA && (f->flags & FLOW_BASED) && seq_le(s->end, f->matched)))) {
+		*used = s_index; /* of an older state, or sent twice */
+		goto used;
+	}
+	if (p_index == NONE)
+		return STEP_WAIT;
+	bool again = repeats(f, p); /* held more than once */
+	if (again || p->type == HELD_ACK || (p->flags & HELD_PROVEN) || (s32)(f->epoch - p->epoch) > 0) {
 		bpf_spin_lock(&f->lock);
-		f->p_next = p->next;
+		if (again && !(p->flags & HELD_PROVEN))
+			prove(f, p);
+		advance(f, p, false);
 		bpf_spin_unlock(&f->lock);
 		return STEP_MORE;
 	}
-	if (p->epoch != f->epoch)
-		return STEP_WAIT; /* belongs to a commit that is still to come */
-	if (s->epoch != f->epoch || (p->type == HELD_SYN && s->type != HELD_SYN) || (s->type == HELD_SYN && f->svm_isn == s->from && (f->flags & FLOW_SVM_SYN)) ||
-	    (s->type == HELD_DATA && (f->flags & FLOW_BASED) && seq_le(s->end, f->matched))) {
-		*used = s_index; /* of an older state or connection, or sent twice */
+	if (s_index == NONE || p->epoch != f->epoch)
+		return STEP_WAIT; /* the latter belongs to a commit that is still to come */
+	if ((f->flags & FLOW_SEEK) && p->type != HELD_DATA) {
+		bpf_spin_lock(&f->lock);
+		advance(f, p, true);
+		bpf_spin_unlock(&f->lock);
+		return STEP_MORE;
+	}
+	if (p->type == HELD_SYN && s->type == HELD_DATA) {
+		*used = s_index; /* of an older connection */
 		goto used;
 	}
 	if (p->type != HELD_DATA || s->type != HELD_DATA) {
 		bool same = same_piece(f, p, s);
-		u32 reason = p->type == HELD_SYN ? REASON_OPTIONS : p->type == HELD_RST || s->type == HELD_RST ? REASON_RST : REASON_FLAGS;
+		u32 reason = p->type == HELD_RST || s->type == HELD_RST ? REASON_RST : p->type == HELD_SYN ? REASON_OPTIONS : REASON_FLAGS;
 		bpf_spin_lock(&f->lock);
 		if (same) {
 			end_piece(f, p, s->from);
@@ -283,12 +328,12 @@ static __always_inline u32 match_stream(struct flow *f, struct held_table *t, st
 	}
 
 	u32 at_pos = f->matched, p_from = p->from, p_end = p->end, s_from = s->from, s_end = s->end, from, to, index;
-	if (seq_lt(at_pos, p_from) || seq_lt(at_pos, s_from))
+	if (seq_lt(at_pos, s_from) || (seq_lt(at_pos, p_from) && !(f->flags & FLOW_REFILL)))
 		return STEP_WAIT; /* a hole on one side */
-	if (seq_le(p_end, at_pos)) { /* held more than once */
+	if (seq_lt(at_pos, p_from)) {
 		bpf_spin_lock(&f->lock);
-		prove(f, p);
-		f->p_next = p->next;
+		f->flags |= FLOW_SEEK;
+		advance(f, p, false);
 		bpf_spin_unlock(&f->lock);
 		return STEP_MORE;
 	}

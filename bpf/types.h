@@ -132,6 +132,8 @@ struct flow {
 	u16 p_win, s_win, c_win;
 	u16 cell;       /* see forget_here() */
 	u32 s_sack;     /* highest edge of the SVM's SACK blocks */
+	u32 p_high;     /* TCP: highest position in the PVM's list */
+	u64 syn_digest; /* of the PVM's SYN that was matched last, number `pvm_isn` */
 	u32 hash; /* of the PVM's last packet, for the owed ACK */
 	u32 ts_val, ts_ecr, ts_known; /* of the PVM's packet released last, for the owed ACK; written by the owner or by P2 */
 	u8 guest_mac[6], remote_mac[6];
@@ -150,7 +152,9 @@ struct flow {
 #define FLOW_RST 0x80u
 #define FLOW_TOLD 0x100u    /* its high water was reported */
 #define FLOW_LATE 0x200u    /* its timeout was reported */
-#define FLOW_REFILL 0x400u  /* matching went back to fill a hole: it goes on from the first record */
+#define FLOW_GAP 0x20u      /* in the PVM's list bytes were missing */
+#define FLOW_REFILL 0x400u  /* and what fills the hole may be behind it */
+#define FLOW_SEEK 0x800u    /* matching looks for that */
 #define FLOW_OPEN 0x1000u   /* handshake seen complete */
 /* secondary */
 #define FLOW_SVM_ISN 0x2000u

@@ -1,0 +1,446 @@
+"""Frames into and out of a bare lab: what a test sends on a guest's port is that VM's output, what the client's port sees was released."""
+
+from __future__ import annotations
+
+import ctypes as ct
+import itertools
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
+from scapy.packet import Packet, Raw
+
+from coloebpf import bpfsys, snapshot
+from coloebpf.control import Control
+from coloebpf.events import event_of
+from coloebpf.lab.plan import HOSTS, PAIR, LabPlan
+from coloebpf.model import EVENTS
+from coloebpf.netns import inside
+
+ETH_P_ALL = 3
+SOL_PACKET, PACKET_AUXDATA, PACKET_VNET_HDR = 263, 8, 15  # linux/if_packet.h
+TAG_VALID = 0x10  # TP_STATUS_VLAN_VALID: the kernel keeps the outer tag beside the frame
+PACKET_OUTGOING = 4
+RECEIVE_BUFFER = 8 << 20  # bytes; a flush sends a thousand frames at once
+WAIT = 2.0  # seconds for something that must come; it takes well under a millisecond on an idle machine
+QUIET = 0.0015  # seconds without any change of a counter: nothing is on its way any more
+LONGEST = 70_000  # bytes of a frame, super-packets too
+NEVER = 1 << 62  # ns
+M32 = 0xFFFFFFFF
+
+_ports = itertools.count(2000)
+
+
+def next_port() -> int:
+    """A guest's port that no other case of this process has: flows of different cases never meet."""
+    return 1024 + next(_ports) % 60_000
+
+
+class Wire:
+    """The ports of a bare lab and the controls of its hosts."""
+
+    def __init__(self, plan: LabPlan) -> None:
+        self.plan = plan
+        self.nics = plan.nic_list()
+        self.client_mac = plan.client().mac
+        self._ports: dict[tuple[str, str], socket.socket] = {}
+        self.control: dict[str, Control] = {}
+        for host in HOSTS:
+            with inside(plan.namespace(host)):
+                self.control[host] = Control.open(plan.pin_dir(host))
+        with inside(plan.namespace("primary")):  # what leaves the host is what a real NIC would send
+            for feature in ("tso", "gso", "tx", "gro"):
+                subprocess.run(["ethtool", "-K", "eth0", feature, "off"], capture_output=True, check=False)
+        for node in ("client", "pvm", "svm"):
+            self.port(node)
+        for host in HOSTS:
+            self._set_timeout(host, NEVER)  # a test on a busy machine takes its time; see expire()
+
+    def close(self) -> None:
+        for port in self._ports.values():
+            port.close()
+        for control in self.control.values():
+            control.close()
+
+    def port(self, node: str, device: str = "eth0") -> socket.socket:
+        """The packet socket on a device, opened at its first use."""
+        if (node, device) not in self._ports:
+            with inside(self.plan.namespace(node)):
+                port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+            port.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUFFORCE if hasattr(socket, "SO_RCVBUFFORCE") else 33,
+                            RECEIVE_BUFFER)  # fmt: skip
+            port.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
+            port.bind((device, 0))
+            port.setblocking(False)
+            self._ports[node, device] = port
+        return self._ports[node, device]
+
+    # ---- sending and receiving -------------------------------------------------------------------------------------
+
+    def send(self, node: str, frames: Iterable[bytes] | bytes, device: str = "eth0") -> None:
+        """Send frames one after the other, and wait until the hosts are done with them."""
+        port = self.port(node, device)
+        for frame in [frames] if isinstance(frames, bytes) else frames:
+            port.send(frame)
+        self.settle()
+
+    def pvm(self, *frames: bytes, nic: int = 0) -> None:
+        self.send("pvm", frames, f"eth{nic}")
+
+    def svm(self, *frames: bytes, nic: int = 0) -> None:
+        self.send("svm", frames, f"eth{nic}")
+
+    def client(self, *frames: bytes) -> None:
+        self.send("client", frames)
+
+    def super_packet(self, frame: bytes, size: int, start: int, offset: int, kind: int, head: int) -> None:
+        """PVM output as a guest with offloads sends it: `size` bytes of payload a segment (0: none), a checksum left open."""
+        with inside(self.plan.namespace("pvm")):
+            port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        with port:
+            port.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+            port.bind(("eth0", ETH_P_ALL))
+            port.send(struct.pack("<BBHHHH", 1, kind, head, size, start, offset) + frame)
+        self.settle()
+
+    def seen(self, node: str = "client", device: str = "eth0", outgoing: bool = False) -> list[bytes]:
+        """Frames that have come to a port since the last call."""
+        port, found = self.port(node, device), []
+        while True:
+            try:
+                frame, notes, _, address = port.recvmsg(LONGEST, 64)
+            except BlockingIOError:
+                return found
+            if (address[2] == PACKET_OUTGOING) == outgoing:
+                found.append(with_tag(frame, notes))
+
+    def released(self, count: int | None = None) -> list[bytes]:
+        """What the client has got; waits until it is `count` frames."""
+        return self.await_frames("client", count)
+
+    def await_frames(self, node: str, count: int | None = None, device: str = "eth0") -> list[bytes]:
+        found = self.seen(node, device)
+        deadline = time.monotonic() + WAIT
+        while count is not None and len(found) < count and time.monotonic() < deadline:
+            time.sleep(0.0005)
+            found += self.seen(node, device)
+        return found
+
+    def settle(self) -> None:
+        """Wait until no counter of either host moves."""
+        before, deadline = self._all_counters(), time.monotonic() + WAIT
+        while time.monotonic() < deadline:
+            time.sleep(QUIET)
+            now = self._all_counters()
+            if now == before:
+                return
+            before = now
+
+    def _all_counters(self) -> bytes:
+        return b"".join(bytes(snapshot.counters(c, nic.nic)) for c in self.control.values() for nic in self.nics)
+
+    # ---- looking into a host ---------------------------------------------------------------------------------------
+
+    def status(self, host: str = "primary") -> dict[str, Any]:
+        with inside(self.plan.namespace(host)):
+            return self.control[host].snapshot()
+
+    def nic(self, number: int = 0, host: str = "primary") -> Tally:
+        """Counters of a NIC, flat: `divergences.payload`, `dropped.no_slot` and so on among them."""
+        found = next(nic for nic in self.status(host)["nics"] if nic["nic"] == number)
+        flat = {name: value for name, value in found.items() if isinstance(value, int)}
+        for group in ("divergences", "dropped"):
+            flat |= {f"{group}.{name}": value for name, value in found[group].items()}
+        return Tally(flat)
+
+    def last_event(self, kind: str, host: str = "primary") -> dict[str, Any]:
+        """The last event of a kind. (The ring buffer is the lab agent's; this is the copy that the programs keep.)"""
+        control = self.control[host]
+        raw = control.shapes.leaf("last_events")()
+        number = next(n for n, name in EVENTS.items() if name == kind)
+        bpfsys.lookup(control.fd("last_events"), ct.c_uint32(number), raw)
+        return event_of(raw)
+
+    # ---- control ---------------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> None:
+        """One that commits at once, in the careful order."""
+        self.control["secondary"].clear_translations(PAIR)
+        self.control["primary"].suspend(PAIR)
+        self.commit()
+
+    def suspend(self) -> None:
+        self.control["primary"].suspend(PAIR)
+
+    def commit(self) -> None:
+        with inside(self.plan.namespace("primary")):
+            self.control["primary"].commit(PAIR)
+        self.settle()
+
+    def kick(self) -> None:
+        with inside(self.plan.namespace("primary")):
+            self.control["primary"].kick()
+        self.settle()
+
+    def expire(self, host: str = "primary") -> None:
+        """Let everything that is held be late, and have it looked for."""
+        self._set_timeout(host, 1)
+        with inside(self.plan.namespace(host)):
+            self.control[host].sweep()
+        self._set_timeout(host, NEVER)
+
+    def _set_timeout(self, host: str, ns: int) -> None:
+        control, settings, zero = self.control[host], self.control[host].shapes.leaf("settings")(), ct.c_uint32(0)
+        bpfsys.lookup(control.fd("settings"), zero, settings)
+        settings.compare_timeout_ns = ns
+        bpfsys.update(control.fd("settings"), zero, settings)
+
+    def set_policy(self, **policies: int) -> None:
+        """Write the primary's policies (`arp`, `nd`, `other`) of NIC 0."""
+        control = self.control["primary"]
+        value = control.shapes.leaf("nic_by_id")()
+        bpfsys.lookup(control.fd("nic_by_id"), ct.c_uint32(0), value)
+        for name, policy in policies.items():
+            setattr(value, name, int(policy))
+        bpfsys.update(control.fd("nic_by_id"), ct.c_uint32(0), value)
+        bpfsys.update(control.fd("nics"), ct.c_uint32(value.vif), value)
+
+    def flows(self, port: int, host: str = "primary") -> list[Any]:
+        """The live struct flow of a guest's port."""
+        control = self.control[host]
+        found = []
+        for key in bpfsys.keys(control.fd("flow_refs"), control.shapes.key("flow_refs")):
+            if socket.ntohs(key.guest_port) == port:  # type: ignore[attr-defined]
+                ref, flow = control.shapes.leaf("flow_refs")(), control.shapes.leaf("flows")()
+                if bpfsys.lookup(control.fd("flow_refs"), key, ref):
+                    bpfsys.lookup(control.fd("flows"), ct.c_uint32(ref.index), flow)
+                    found.append(flow)
+        return found
+
+
+class Tally(dict[str, int]):
+    """Counters at one moment."""
+
+    def since(self, before: Tally) -> Tally:
+        """Those that have changed, by how much."""
+        return Tally({name: value - before[name] for name, value in self.items() if value != before[name]})
+
+    def __missing__(self, name: str) -> int:
+        return 0
+
+
+@dataclass
+class Talk:
+    """One conversation between the guest and a client, with a port of its own; builds both directions' frames."""
+
+    wire: Wire
+    family: int = 4
+    tags: Sequence[tuple[str, int]] = ()  # ("q" or "ad", id), outer first
+    nic: int = 0
+    guest_port: int = field(default_factory=next_port)
+    client_port: int = 40_000
+    extensions: Sequence[Packet] = ()  # IPv6 extension headers between IP and the rest
+    ip_options: bytes = b""
+
+    def link(self, source: str, target: str) -> Packet:
+        frame = Ether(src=source, dst=target)
+        for kind, number in self.tags:
+            frame = frame / (Dot1Q(vlan=number) if kind == "q" else Dot1AD(vlan=number))
+        return frame
+
+    def ip(self, output: bool = True, **fields: Any) -> Packet:
+        """Ethernet and IP header, of the guest's output or of the client's."""
+        nic = self.wire.nics[self.nic]
+        macs = (nic.mac, self.wire.client_mac)
+        frame = self.link(*(macs if output else macs[::-1]))
+        if self.family == 4:
+            ends = (nic.guest_v4, nic.client_v4)
+            source, target = ends if output else ends[::-1]
+            header = IP(src=source, dst=target, **fields)
+            if self.ip_options:
+                header.options = [Raw(self.ip_options)]
+            return frame / header
+        ends = (nic.guest_v6, nic.client_v6)
+        source, target = ends if output else ends[::-1]
+        names = {"ttl": "hlim", "tos": "tc"}
+        frame = frame / IPv6(src=source, dst=target, **{names.get(k, k): v for k, v in fields.items() if k != "id"})
+        for extension in self.extensions:
+            frame = frame / extension.copy()
+        return frame
+
+    def tcp(
+        self,
+        seq: int,
+        data: bytes = b"",
+        flags: str = "A",
+        ack: int = 1000,
+        window: int = 500,
+        options: Sequence[Any] = (),
+        output: bool = True,
+        ip: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> bytes:
+        ports = (self.guest_port, self.client_port)
+        sport, dport = ports if output else ports[::-1]
+        header = TCP(sport=sport, dport=dport, seq=seq & M32, ack=ack & M32, flags=flags, window=window,
+                     options=list(options), **fields)  # fmt: skip
+        return bytes(self.ip(output, **(ip or {})) / header / Raw(data))
+
+    def udp(self, data: bytes, output: bool = True, ip: dict[str, Any] | None = None, **fields: Any) -> bytes:
+        ports = (self.guest_port, self.client_port)
+        sport, dport = ports if output else ports[::-1]
+        return bytes(self.ip(output, **(ip or {})) / UDP(sport=sport, dport=dport, **fields) / Raw(data))
+
+    def raw(self, proto: int, data: bytes, **fields: Any) -> bytes:
+        """Any other protocol on IP."""
+        frame = self.ip(**fields)
+        if self.family == 4:
+            frame[IP].proto = proto
+        elif self.extensions:
+            frame.lastlayer().nh = proto
+        else:
+            frame[IPv6].nh = proto
+        return bytes(frame / Raw(data))
+
+    def client_tcp(self, seq: int, data: bytes = b"", **fields: Any) -> bytes:
+        return self.tcp(seq, data, output=False, **fields)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A frame's headers, read from its bytes alone."""
+
+    frame: bytes
+    l3: int
+    l4: int
+    end: int  # of the IP packet
+    proto: int
+
+    @classmethod
+    def of(cls, frame: bytes) -> Heard:
+        off, kind = 14, int.from_bytes(frame[12:14], "big")
+        while kind in (0x8100, 0x88A8):
+            kind = int.from_bytes(frame[off + 2 : off + 4], "big")
+            off += 4
+        if kind == 0x0800:
+            total = int.from_bytes(frame[off + 2 : off + 4], "big")
+            cut = int.from_bytes(frame[off + 6 : off + 8], "big") & 0x3FFF
+            head = (frame[off] & 15) * 4
+            return cls(frame, off, off + head, off + total, -1 if cut else frame[off + 9])
+        if kind == 0x86DD:
+            end, proto, l4 = off + 40 + int.from_bytes(frame[off + 4 : off + 6], "big"), frame[off + 6], off + 40
+            while proto in (0, 43, 60, 44):
+                if proto == 44 and int.from_bytes(frame[l4 + 2 : l4 + 4], "big") & 0xFFF9:
+                    return cls(frame, off, l4, end, -1)
+                step = 8 if proto == 44 else (frame[l4 + 1] + 1) * 8
+                proto, l4 = frame[l4], l4 + step
+            return cls(frame, off, l4, end, proto)
+        return cls(frame, off, off, len(frame), -1)
+
+    def word(self, offset: int, size: int = 4) -> int:
+        return int.from_bytes(self.frame[self.l4 + offset : self.l4 + offset + size], "big")
+
+    @property
+    def seq(self) -> int:
+        return self.word(4)
+
+    @property
+    def ack(self) -> int:
+        return self.word(8)
+
+    @property
+    def window(self) -> int:
+        return self.word(14, 2)
+
+    @property
+    def flags(self) -> int:
+        return self.frame[self.l4 + 13]
+
+    @property
+    def data(self) -> bytes:
+        return self.frame[self.l4 + (self.frame[self.l4 + 12] >> 4) * 4 : self.end]
+
+    @property
+    def tcp_options(self) -> bytes:
+        return self.frame[self.l4 + 20 : self.l4 + (self.frame[self.l4 + 12] >> 4) * 4]
+
+    @property
+    def timestamps(self) -> tuple[int, int]:
+        """Value and echo, wherever the option stands."""
+        options, off = self.tcp_options, 0
+        while off < len(options):
+            if options[off] == 8:
+                value, echo = struct.unpack("!II", options[off + 2 : off + 10])
+                return value, echo
+            off += 1 if options[off] == 1 else options[off + 1]
+        raise AssertionError(f"no timestamps in {options.hex()}")
+
+    @property
+    def sack(self) -> list[int]:
+        """All edges of the SACK blocks."""
+        options, off = self.tcp_options, 0
+        while off < len(options):
+            if options[off] == 5:
+                body = options[off + 2 : off + options[off + 1]]
+                return [int.from_bytes(body[i : i + 4], "big") for i in range(0, len(body), 4)]
+            off += 1 if options[off] == 1 else options[off + 1]
+        return []
+
+    def sums_hold(self) -> bool:
+        """Are the IP and the TCP, UDP or ICMPv6 checksum right?"""
+        frame, l3 = self.frame, self.l3
+        six = frame[l3] >> 4 == 6
+        if not six and ones_sum(frame[l3 : l3 + (frame[l3] & 15) * 4]) != 0xFFFF:
+            return False
+        if self.proto not in (6, 17, 58) or (self.proto == 58 and not six):
+            return True
+        body = frame[self.l4 : self.end]
+        if self.proto == 17:
+            body = body[: int.from_bytes(body[4:6], "big")]
+            if not six and body[6:8] == b"\0\0":
+                return True
+        ends = frame[l3 + 8 : l3 + 40] if six else frame[l3 + 12 : l3 + 20]
+        return ones_sum(ends + struct.pack("!II", len(body), self.proto) + body) == 0xFFFF
+
+
+def with_tag(frame: bytes, notes: Sequence[tuple[int, int, bytes]]) -> bytes:
+    """The frame with its outer VLAN tag back in place."""
+    for level, kind, data in notes:
+        if (level, kind) == (SOL_PACKET, PACKET_AUXDATA):
+            status, tci, protocol = struct.unpack("=I12xHH", data[:20])
+            if status & TAG_VALID:
+                return frame[:12] + struct.pack("!HH", protocol, tci) + frame[12:]
+    return frame
+
+
+def ones_sum(data: bytes) -> int:
+    """One's complement sum of 16-bit words (RFC 1071)."""
+    total = sum(struct.unpack(f"!{(len(data) + 1) // 2}H", data + b"\0" * (len(data) % 2)))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+def but_acks(frame: bytes) -> bytes:
+    """The frame without what a release may lower: ACK number, window, TCP checksum."""
+    heard = Heard.of(frame)
+    if heard.proto != 6:
+        return frame
+    at = heard.l4
+    return frame[: at + 8] + bytes(4) + frame[at + 12 : at + 14] + bytes(4) + frame[at + 18 :]
+
+
+def same_frames(got: Sequence[bytes], wanted: Sequence[bytes]) -> None:
+    """The client got these frames of the PVM's and nothing else, in this order, each with right checksums."""
+    assert [but_acks(f).hex() for f in got] == [but_acks(f).hex() for f in wanted]
+    for frame in got:
+        assert Heard.of(frame).sums_hold(), frame.hex()
+
+
