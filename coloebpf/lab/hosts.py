@@ -17,12 +17,12 @@ BringUp = Callable[[LabPlan], None]
 ROLES = {"primary": Role.PRIMARY, "secondary": Role.SECONDARY}
 
 
-def bring_up(plan: LabPlan) -> None:
-    """Load and attach on both hosts, then put the pair in lock-step."""
+def bring_up(plan: LabPlan, sizes: Sizes | None = None) -> None:
+    """Load and attach on both hosts, then put the pair in lock-step. `sizes`: others than the defaults for the lab's MTU."""
     # A process for each host: compiling takes seconds, and a real host has a loader of its own. Spawned, not forked, so
     # that nothing of this process (sockets, signal handlers) is shared.
     with ProcessPoolExecutor(max_workers=len(HOSTS), mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(attach, plan, host) for host in HOSTS]:
+        for done in [pool.submit(attach, plan, host, sizes) for host in HOSTS]:
             done.result()
     # The secondary first: from the primary's change on, every packet waits for the SVM's.
     for host in reversed(HOSTS):
@@ -30,10 +30,10 @@ def bring_up(plan: LabPlan) -> None:
             Control.open(plan.pin_dir(host)).set_state(PAIR, State.LOCKSTEP)
 
 
-def attach(plan: LabPlan, host: str) -> None:
+def attach(plan: LabPlan, host: str, sizes: Sizes | None = None) -> None:
     """Load the programs for one host and hook them up in its namespace."""
     with inside(plan.namespace(host)):
-        dataplane = Dataplane.load(plan.pin_dir(host), Sizes(mtu=plan.mtu))
+        dataplane = Dataplane.load(plan.pin_dir(host), sizes or Sizes(mtu=plan.mtu))
         for nic in plan.nic_list():
             dataplane.attach(
                 NicSpec(nic=nic.nic, pair=PAIR, role=ROLES[host], vif=nic.vif, fwd=nic.fwd, vlan=nic.vlan, mac=nic.mac)

@@ -1,0 +1,51 @@
+"""Both CPUs at once: the PVM's and the SVM's packets of one flow from two threads, random leads in both directions. Every packet is released exactly once,
+in order per flow, without anybody's help (no kick), and every slot comes back."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from coloebpf.control import Control
+from tests.bench.feeder import Feeder
+from tests.bench.lab import BenchLab, bring_up
+from tests.bench.workloads import Order, Workload
+
+pytestmark = pytest.mark.lab
+
+PACKETS = int(os.environ.get("COLO_STRESS_PACKETS", 10_000_000))
+ROUND_S = 4.0  # of one mix of flows, sizes and leads
+SEED = int(os.environ.get("COLO_STRESS_SEED", time.time_ns() & 0xFFFFFFFF))
+
+
+@pytest.mark.timeout(1200)
+def test_two_cpus_random_leads(tmp_path: Path) -> None:
+    dice = random.Random(SEED)
+    sent = 0
+    with BenchLab("stress", bring_up) as lab:
+        feeder, ports = Feeder(tmp_path), lab.ports()
+        control = Control.open(lab.plan.pin_dir("primary"))
+        while sent < PACKETS:
+            tcp = dice.random() < 0.5
+            work = Workload("stress", tcp, dice.choice((22, 100, 700, 1448)), dice.choice((1, 2, 64, 1000)))
+            lead = dice.choice((0, 1, 7, 30, 100))
+            order = Order("random", lead * dice.choice((1, -1)), dice.choice((1, 4, 8)) if lead >= 30 else 1 if lead else 16)
+            run = feeder.closed(ports, work, order, seconds=ROUND_S, window=320, two_threads=dice.random() < 0.8)
+            what = f"seed {SEED}, after {sent:,} packets: {work}, {order}: {dict(run.counts)}"
+            assert not run.counts["lost"], what
+            assert not run.counts["duplicates"], what
+            assert not run.counts["reordered"], what
+            assert run.packets, what
+            sent += int(run.counts["sent"])
+        seen = control.snapshot()
+    nic = seen["nics"][0]
+    assert nic["output_packets"] == nic["released_packets"] >= PACKETS
+    assert nic["held"] == nic["parked"] == 0
+    assert seen["slots"]["free"] == seen["slots"]["total"]
+    assert nic["kicks"] == 0, "a release needed user space: a wake-up was lost"
+    assert not any(nic["divergences"].values()), nic["divergences"]
+    assert not any(nic["dropped"].values()), nic["dropped"]
