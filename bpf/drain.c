@@ -41,7 +41,7 @@ int drain(struct __sk_buff *skb)
 			drop(&at, DROP_EMIT);
 		mode &= ~MODE_CLONE_FIRST;
 	}
-	if (at.state == LOCKSTEP && f->epoch != at.epoch) {
+	if (at.state == LOCKSTEP && behind(f, at.epoch)) {
 		bpf_spin_lock(&f->lock);
 		rebase(f, at.epoch);
 		bpf_spin_unlock(&f->lock);

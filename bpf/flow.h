@@ -263,6 +263,9 @@ static __always_inline bool may_pass(const struct flow *f, u64 now) { return !f-
 /* A release puts packets into the backlog of one CPU (by their hash); two releasing CPUs keep their order only one after the other. Under the lock. */
 static __always_inline bool may_emit(const struct flow *f, u32 cpu, u64 now) { return may_pass(f, now) || f->emit_cpu == cpu; }
 
+/* Has a commit come that the flow does not know yet? (A program that read the pair's word just before may be behind the flow instead.) */
+static __always_inline bool behind(const struct flow *f, u32 epoch) { return (s32)(epoch - f->epoch) > 0; }
+
 /* A commit has come for this flow: both VMs are equal where the PVM stood. What is still held from before may leave (releasable()), and takes the
  * stream's position along when it does; what the old SVM said is void. By whoever holds the lock, with nobody else the owner. */
 static __always_inline void rebase(struct flow *f, u32 epoch)

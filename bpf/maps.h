@@ -23,7 +23,7 @@
 
 BPF_TABLE_PINNED("array", u32, struct settings, settings, 1, PIN_DIR "/settings");          /* loader -> all programs */
 BIG_TABLE_PINNED(struct hash_keys, hash_keys, HASH_KEYS_BYTES);       /* loader -> P2, P3, drain */
-BPF_TABLE_PINNED("array", u32, struct pair, pairs, MAX_PAIRS, PIN_DIR "/pairs");            /* control -> all programs */
+BPF_TABLE_PINNED("array", u32, struct pair, pairs, MAX_PAIRS, PIN_DIR "/pairs", 1024);            /* control -> all programs (flag 1024, BPF_F_MMAPABLE: written by plain stores of 8 bytes) */
 BPF_TABLE_PINNED("hash", u32, struct nic, nics, MAX_NICS, PIN_DIR "/nics");                 /* loader -> vif hooks, by ifindex of the vif */
 BPF_TABLE_PINNED("array", u32, struct nic, nic_by_id, MAX_NICS, PIN_DIR "/nic_by_id");      /* loader -> fwd hooks, drain */
 BPF_TABLE_PINNED("hash", struct link_key, u32, links, MAX_LINKS, PIN_DIR "/links");         /* loader -> XDP on fwd: which NIC (nic.id) */

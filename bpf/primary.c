@@ -167,6 +167,7 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 {
 	struct held *h = record(t, index);
 	u32 take;
+	bool moved = false;
 
 	bpf_spin_lock(&f->lock);
 	if (!same_flow(f, ref->generation)) {
@@ -175,8 +176,10 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 	}
 	f->last_ns = now;
 	h->flow = ref->index;
-	if (f->epoch != at->epoch && !f->p_count && !f->s_count && !f->owner && at->state == LOCKSTEP)
+	if (behind(f, at->epoch) && !f->owner && at->state == LOCKSTEP && (kind != KIND_TCP || (!f->p_count && !f->s_count))) {
 		rebase(f, at->epoch);
+		moved = true;
+	}
 	if (at->state == PASSTHROUGH) {
 		h->flags |= HELD_PROVEN; /* behind what is held, if there is any: the flush takes both */
 		if (single && !f->p_count && !f->owner && may_pass(f, now)) {
@@ -197,8 +200,6 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 		bpf_spin_unlock(&f->lock);
 		return take;
 	}
-	if (f->epoch != at->epoch && kind != KIND_TCP)
-		f->flags &= ~FLOW_DIVERGED; /* records match by their own epoch; the flow's follows with the next drain */
 	if (at->state != LOCKSTEP || (f->epoch != at->epoch && kind == KIND_TCP)) { /* proves nothing now; keeps its place */
 		take = f->p_count >= MAX_FIFO ? TAKE_FULL : TAKE_HOLD;
 		if (take == TAKE_HOLD) {
@@ -215,8 +216,12 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 	} else {
 		take = p_take_datagram(f, t, index, h, now, single, used);
 	}
-	if (take == TAKE_PASS)
+	if (take == TAKE_PASS) {
 		account_release(f, h, ack, win);
+	} else if (take == TAKE_HOLD && moved && single && !f->owner) { /* what was held before may leave now */
+		f->owner = 1;
+		take = TAKE_DRAIN;
+	}
 	bpf_spin_unlock(&f->lock);
 	return take;
 }
@@ -519,12 +524,14 @@ static __always_inline u32 s_take(struct flow *f, struct held_table *t, const st
 	bpf_spin_lock(&f->lock);
 	if (same_flow(f, generation)) {
 		f->last_ns = now;
-		if (f->epoch != at->epoch && !f->p_count && !f->s_count && !f->owner)
+		if (behind(f, at->epoch) && !f->owner && (s->type > HELD_ACK || (!f->p_count && !f->s_count)))
 			rebase(f, at->epoch);
-		if (s->type > HELD_ACK) {
-			if (f->epoch != at->epoch)
-				f->flags &= ~FLOW_DIVERGED; /* records match by their own epoch */
+		if ((s32)(f->epoch - at->epoch) > 0) {
+			take = TAKE_SWALLOW; /* a commit came while this one was on its way: it is the old SVM's */
+		} else if (s->type > HELD_ACK) {
 			take = s_take_datagram(f, t, s, used);
+			if (take == TAKE_SWALLOW)
+				take = drain_or(f, t, take); /* what was held before a commit may leave now */
 		} else if (f->epoch != at->epoch) {
 			take = TAKE_STORE; /* a commit is not through for this flow yet; the owner sorts it out */
 		} else {
@@ -614,7 +621,7 @@ int p4_prove(struct __sk_buff *skb)
 				linked = s_insert(f, t, index);
 				if (linked && f->owner) {
 					f->work = 1;
-				} else if (linked && f->p_count && s.type <= HELD_ACK && !(f->flags & FLOW_DIVERGED)) {
+				} else if (linked && f->p_count && (s.type <= HELD_ACK ? !(f->flags & FLOW_DIVERGED) : releasable(f, record(t, f->p_head)))) {
 					f->owner = 1;
 					take = TAKE_DRAIN;
 				}

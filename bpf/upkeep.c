@@ -22,9 +22,9 @@ int flush(struct __sk_buff *skb)
 		if (!f || !(f->flags & FLOW_LIVE) || !place_of_id(&at, f->key.nic) || at.nic->role != ROLE_PRIMARY)
 			continue;
 		bpf_spin_lock(&f->lock);
-		bool behind = f->epoch != at.epoch && at.state == LOCKSTEP;
-		if ((f->flags & FLOW_LIVE) && (f->p_count || f->s_count || (f->flags & FLOW_DIVERGED) || behind) &&
-		    (behind || f->work || at.state == PASSTHROUGH || (f->p_head != NONE && releasable(f, record(t, f->p_head))))) {
+		bool late = behind(f, at.epoch) && at.state == LOCKSTEP;
+		if ((f->flags & FLOW_LIVE) && (f->p_count || f->s_count || (f->flags & FLOW_DIVERGED) || late) &&
+		    (late || f->work || at.state == PASSTHROUGH || (f->p_head != NONE && releasable(f, record(t, f->p_head))))) {
 			if (f->owner) {
 				f->work = 1;
 			} else {

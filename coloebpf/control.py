@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import ipaddress
+import mmap
 import os
 import socket
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Control:
         self.pin_dir, self.shapes = pin_dir, shapes
         self._fds: dict[str, int] = {}
         self._events: EventReader | None = None
+        self._memory: mmap.mmap | None = None
 
     @classmethod
     def open(cls, pin_dir: Path) -> Control:
@@ -48,6 +50,9 @@ class Control:
 
     def close(self) -> None:
         """Gives back all file descriptors."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
@@ -66,41 +71,37 @@ class Control:
 
     # ---- state of a pair -------------------------------------------------------------------------------------------
 
-    def _pair(self, pair: int) -> Any:
+    def _words(self, pair: int) -> Any:
+        """The pair's entry as two words of 8 bytes in the map's own memory: state and epoch, and the deadline."""
         if not 0 <= pair < MAX_PAIRS:
             raise ConfigError(f"pair {pair}: must be below {MAX_PAIRS}")
-        value = self.shapes.leaf("pairs")()
-        bpfsys.lookup(self.fd("pairs"), ct.c_uint32(pair), value)
-        return value
+        if self._memory is None:
+            self._memory = mmap.mmap(self.fd("pairs"), mmap.PAGESIZE)
+        return (ct.c_uint64 * 2).from_buffer(self._memory, pair * ct.sizeof(self.shapes.leaf("pairs")))
 
-    def _write(self, pair: int, value: Any) -> None:
-        bpfsys.update(self.fd("pairs"), ct.c_uint32(pair), value)
+    def _write(self, pair: int, state: State, epoch: int) -> None:
+        self._words(pair)[0] = int(state) | (epoch & 0xFFFFFFFF) << 32  # one store: the programs see both change together
 
     def state(self, pair: int) -> PairState:
         """What the programs read for each packet of the pair."""
-        value = self._pair(pair)
-        return PairState(State(value.state), value.epoch)
+        word = self._words(pair)[0]
+        return PairState(State(word & 0xFFFFFFFF), word >> 32)
 
     def set_state(self, pair: int, state: State) -> None:
-        """Takes effect on the next packet: state and epoch are one word of the map."""
-        value = self._pair(pair)
-        value.state = int(state)
-        self._write(pair, value)
+        """Takes effect on the next packet."""
+        self._write(pair, state, self.state(pair).epoch)
 
     def set_deadline(self, pair: int, deadline_ns: int) -> None:
         """End of the right to speak, CLOCK_MONOTONIC ns; 0: none. After it the programs treat the pair as halted."""
-        value = self._pair(pair)
-        value.deadline_ns = deadline_ns
-        self._write(pair, value)
+        self._words(pair)[1] = deadline_ns
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def suspend(self, pair: int) -> int:
         """`suspended` (design.md, section 5): the old SVM's output proves nothing from here on. Returns the new epoch."""
-        value = self._pair(pair)
-        value.state, value.epoch = int(State.CHECKPOINTING), (value.epoch + 1) & 0xFFFFFFFF
-        self._write(pair, value)
-        return int(value.epoch)
+        epoch = (self.state(pair).epoch + 1) & 0xFFFFFFFF
+        self._write(pair, State.CHECKPOINTING, epoch)
+        return epoch
 
     def commit(self, pair: int) -> int:
         """`committed`: packets held before the suspension leave, in order. Returns how many were sent."""
@@ -109,10 +110,10 @@ class Control:
 
     def clear_translations(self, pair: int) -> int:
         """On a secondary: the SVM is (about to be) a copy of the PVM, each offset is zero. One write; returns the new epoch."""
-        value = self._pair(pair)
-        value.epoch = (value.epoch + 1) & 0xFFFFFFFF
-        self._write(pair, value)
-        return int(value.epoch)
+        before = self.state(pair)
+        epoch = (before.epoch + 1) & 0xFFFFFFFF
+        self._write(pair, before.state, epoch)
+        return epoch
 
     def kick(self) -> int:
         """Sends whatever may leave. Returns how many packets were released meanwhile."""

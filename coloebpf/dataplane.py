@@ -52,7 +52,7 @@ def _compile(pin_dir: Path, sizes: Sizes, headers: Headers) -> Any:
 
     flags = [*headers.cflags, *_defines(sizes, pin_dir), "-Wno-unused-function"]
     try:
-        return BPF(text=one_text(), cflags=flags)
+        return BPF(text=one_text().encode(), cflags=flags)
     except Exception as e:  # bcc raises bare Exception
         raise BpfError(f"the programs do not compile ({e}); see the compiler's words above") from e
 
