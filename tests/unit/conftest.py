@@ -1,0 +1,66 @@
+"""One loaded dataplane for all tests that run programs by BPF_PROG_TEST_RUN: a primary's NIC and a secondary's in a namespace of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coloebpf.control import Control
+from coloebpf.dataplane import Dataplane, NicSpec, Role, Sizes, detach
+from coloebpf.netns import inside
+from tests.unit.rig import GUEST_MAC, MTU, Rig
+
+PIN_ROOT = Path("/sys/fs/bpf/coloebpf")
+# Small: each free place is one system call of the loader, which the emulated machine of tests/vm feels.
+SIZES = Sizes(mtu=MTU, slots=512, flows=1024)
+
+
+def ip(*arguments: str) -> None:
+    """iproute2, which must succeed."""
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+
+
+def make_devices(namespace: str, nics: int) -> None:
+    """vif<n> and fwd<n>, each one end of a veth pair whose other end has a p behind its name; all without an IP stack."""
+    ip("netns", "add", namespace)
+    with inside(namespace):
+        Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1\n")  # no frames but the tests' own
+        for nic in range(nics):
+            for name, mtu in ((f"vif{nic}", MTU), (f"fwd{nic}", MTU + 8)):
+                ip("link", "add", name, "mtu", str(mtu), "type", "veth", "peer", "name", f"{name}p", "mtu", str(mtu))
+                ip("link", "set", name, "up")
+                ip("link", "set", f"{name}p", "up")
+
+
+@pytest.fixture(scope="session")
+def session_rig() -> Iterator[Rig]:
+    """NIC 0 is a primary's (pair 0), NIC 1 a secondary's (pair 1)."""
+    if os.geteuid() != 0:
+        pytest.skip("loading programs needs root")
+    name = f"coloebpf-unit-{os.getpid()}"
+    pin_dir = PIN_ROOT / name
+    make_devices(name, 2)
+    try:
+        plane = Dataplane.load(pin_dir, SIZES)
+        with inside(name):
+            plane.attach(NicSpec(0, 0, Role.PRIMARY, "vif0", "fwd0", mac=GUEST_MAC))
+            plane.attach(NicSpec(1, 1, Role.SECONDARY, "vif1", "fwd1", mac=GUEST_MAC))
+            with Control.open(pin_dir) as control:
+                yield Rig(name, plane, control)
+    finally:
+        with inside(name):
+            detach(pin_dir)
+        ip("netns", "del", name)
+
+
+@pytest.fixture
+def rig(session_rig: Rig) -> Iterator[Rig]:
+    """The dataplane with both pairs in lock-step, no flow, nothing held, counters as the last test left them."""
+    with inside(session_rig.namespace):
+        session_rig.reset()
+        yield session_rig
