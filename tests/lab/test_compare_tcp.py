@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
 from tests.lab.conftest import LabMaker
-from tests.lab.wire import Heard, Talk, Wire, but_acks, same_frames
+from tests.lab.wire import KINDS, Heard, Talk, Wire, but_acks, same_frames
 
 pytestmark = pytest.mark.lab
 
 Frames = Callable[[Talk], Sequence[bytes]]
-KINDS: dict[str, dict[str, Any]] = {
-    "v4": {},
-    "v6": {"family": 6},
-    "v4-q": {"tags": [("q", 7)]},
-    "v6-ad-q": {"family": 6, "tags": [("ad", 9), ("q", 4094)]},
-}
 DATA = bytes(range(256)) * 8
 MSS_ONLY = [("MSS", 1460)]
 FULL = [("MSS", 1460), ("SAckOK", b""), ("Timestamp", (11, 0)), ("NOP", None), ("WScale", 7)]
@@ -80,7 +73,12 @@ EQUAL = [
     Row("pvm-again", lambda t: [t.tcp(1, b"data")] * 3, lambda t: [t.tcp(1, b"data")]),
     Row(
         "pvm-overlaps",
-        lambda t: [t.tcp(1, DATA[:400]), t.tcp(201, DATA[200:700]), t.tcp(101, DATA[100:1000]), t.tcp(301, DATA[300:900])],
+        lambda t: [
+            t.tcp(1, DATA[:400]),
+            t.tcp(201, DATA[200:700]),
+            t.tcp(101, DATA[100:1000]),
+            t.tcp(301, DATA[300:900]),
+        ],
         lambda t: cut(t, 1, DATA[:1000], 600),
     ),
     Row(
@@ -103,18 +101,42 @@ EQUAL = [
         lambda t: [t.tcp(1, DATA[:99], flags="FA")],
     ),
     Row("fin-alone", lambda t: [t.tcp(1, flags="FA")], lambda t: [t.tcp(1, flags="FA")]),
-    Row("fin-at-wrap", lambda t: [t.tcp(-4, b"last", flags="FA")], lambda t: cut(t, -4, b"last") + [t.tcp(0, flags="FA")]),
+    Row(
+        "fin-at-wrap",
+        lambda t: [t.tcp(-4, b"last", flags="FA")],
+        lambda t: cut(t, -4, b"last") + [t.tcp(0, flags="FA")],
+    ),
     Row("rst", lambda t: [t.tcp(77, flags="R", ack=0)], lambda t: [t.tcp(77, flags="R", ack=0)]),
     Row("rst-ack", lambda t: [t.tcp(77, flags="RA")], lambda t: [t.tcp(77, flags="RA", window=9)]),
-    Row("data-then-rst", lambda t: [t.tcp(1, b"bye"), t.tcp(4, flags="RA")], lambda t: [t.tcp(1, b"bye"), t.tcp(4, flags="RA")]),
+    Row(
+        "data-then-rst",
+        lambda t: [t.tcp(1, b"bye"), t.tcp(4, flags="RA")],
+        lambda t: [t.tcp(1, b"bye"), t.tcp(4, flags="RA")],
+    ),
     Row("padded-pvm", lambda t: [t.tcp(1, b"abc").ljust(90, b"\0")], lambda t: [t.tcp(1, b"abc")]),
     Row("padded-svm", lambda t: [t.tcp(1, b"abc")], lambda t: [t.tcp(1, b"abc").ljust(90, b"\0")]),
     Row("padded-junk", lambda t: [t.tcp(1, b"abc") + b"\1\2\3"], lambda t: [t.tcp(1, b"abc") + b"\4\5"]),
-    Row("urgent", lambda t: [t.tcp(1, b"abc", flags="UA", urgptr=1)], lambda t: [t.tcp(1, b"abc", flags="UA", urgptr=1)]),
-    Row("syn", lambda t: [t.tcp(1, flags="S", ack=0, options=FULL)], lambda t: [t.tcp(900, flags="S", ack=0, options=OTHER_TS)]),
-    Row("syn-ack", lambda t: [t.tcp(1, flags="SA", options=FULL)], lambda t: [t.tcp(900, flags="SA", options=OTHER_TS)]),
-    Row("syn-ack-again", lambda t: [t.tcp(1, flags="SA", options=FULL)] * 2, lambda t: [t.tcp(900, flags="SA", options=OTHER_TS)]),
-    Row("syn-ack-again-on-svm", lambda t: [t.tcp(1, flags="SA", options=FULL)], lambda t: [t.tcp(900, flags="SA", options=OTHER_TS)] * 2),
+    Row(
+        "urgent", lambda t: [t.tcp(1, b"abc", flags="UA", urgptr=1)], lambda t: [t.tcp(1, b"abc", flags="UA", urgptr=1)]
+    ),
+    Row(
+        "syn",
+        lambda t: [t.tcp(1, flags="S", ack=0, options=FULL)],
+        lambda t: [t.tcp(900, flags="S", ack=0, options=OTHER_TS)],
+    ),
+    Row(
+        "syn-ack", lambda t: [t.tcp(1, flags="SA", options=FULL)], lambda t: [t.tcp(900, flags="SA", options=OTHER_TS)]
+    ),
+    Row(
+        "syn-ack-again",
+        lambda t: [t.tcp(1, flags="SA", options=FULL)] * 2,
+        lambda t: [t.tcp(900, flags="SA", options=OTHER_TS)],
+    ),
+    Row(
+        "syn-ack-again-on-svm",
+        lambda t: [t.tcp(1, flags="SA", options=FULL)],
+        lambda t: [t.tcp(900, flags="SA", options=OTHER_TS)] * 2,
+    ),
     Row("syn-plain", lambda t: [t.tcp(1, flags="SA")], lambda t: [t.tcp(2**32 - 1, flags="SA")]),
     Row(
         "syn-options-in-other-order",

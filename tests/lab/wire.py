@@ -34,6 +34,13 @@ QUIET = 0.0015  # seconds without any change of a counter: nothing is on its way
 LONGEST = 70_000  # bytes of a frame, super-packets too
 NEVER = 1 << 62  # ns
 M32 = 0xFFFFFFFF
+# Kinds of frames that each rule is tried with: arguments of Talk.
+KINDS: dict[str, dict[str, Any]] = {
+    "v4": {},
+    "v6": {"family": 6},
+    "v4-q": {"tags": [("q", 7)]},
+    "v6-ad-q": {"family": 6, "tags": [("ad", 9), ("q", 4094)]},
+}
 
 _ports = itertools.count(2000)
 
@@ -442,5 +449,3 @@ def same_frames(got: Sequence[bytes], wanted: Sequence[bytes]) -> None:
     assert [but_acks(f).hex() for f in got] == [but_acks(f).hex() for f in wanted]
     for frame in got:
         assert Heard.of(frame).sums_hold(), frame.hex()
-
-
