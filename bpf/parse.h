@@ -47,8 +47,8 @@ static __always_inline bool parse_l4(const struct view *v, struct packet *p, u32
 		if (!h || left < 8)
 			return false;
 		u32 len = be16_at(h + 4);
-		if (len < 8 || len > left)
-			return false;
+		if (len < 8 || len != left)
+			return false; /* bytes behind the datagram (RFC 9868) are output too: the frame is compared as a whole */
 		p->key.kind = KIND_UDP;
 		p->key.guest_port = *(u16 *)(h + (input ? 2 : 0));
 		p->key.remote_port = *(u16 *)(h + (input ? 0 : 2));

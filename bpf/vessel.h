@@ -101,8 +101,11 @@ static __always_inline bool load_vessel(struct __sk_buff *skb, const struct plac
 					u32 generation)
 {
 	u32 len = h->len;
-	if (skb->vlan_present)
+	if (skb->vlan_present) {
+		u16 end = bpf_htons(ETH_P_IP_);
+		bpf_skb_store_bytes(skb, 16, &end, 2, 0); /* so that no more than one tag behind this one comes up */
 		bpf_skb_vlan_pop(skb);
+	}
 	if (skb->vlan_present) /* popping moved an inner tag there */
 		bpf_skb_vlan_pop(skb);
 	if (len < 14 || bpf_skb_change_tail(skb, len, 0))

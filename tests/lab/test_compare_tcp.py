@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,12 @@ def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
     wire = Wire(make_module_lab(guests="none").plan)
     yield wire
     wire.close()
+
+
+@pytest.fixture(autouse=True)
+def _clean(wire: Wire) -> Iterator[None]:
+    yield
+    wire.clean()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Frames into and out of a bare lab: what a test sends on a guest's port is that VM's output, what the client's port sees was released."""
+"""Frames into and out of a bare lab: what is sent on a guest's port is that VM's output, what the client's sees is free."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Wire:
         self.send("client", frames)
 
     def super_packet(self, frame: bytes, size: int, start: int, offset: int, kind: int, head: int) -> None:
-        """PVM output as a guest with offloads sends it: `size` bytes of payload a segment (0: none), a checksum left open."""
+        """PVM output as a guest with offloads sends it: `size` bytes of payload a segment, the checksum left open."""
         with inside(self.plan.namespace("pvm")):
             port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         with port:
@@ -119,7 +119,8 @@ class Wire:
 
     def seen(self, node: str = "client", device: str = "eth0", outgoing: bool = False) -> list[bytes]:
         """Frames that have come to a port since the last call."""
-        port, found = self.port(node, device), []
+        port = self.port(node, device)
+        found: list[bytes] = []
         while True:
             try:
                 frame, notes, _, address = port.recvmsg(LONGEST, 64)
@@ -191,6 +192,15 @@ class Wire:
             self.control["primary"].commit(PAIR)
         self.settle()
 
+    def clean(self) -> None:
+        """Lock-step with nothing held or parked, whatever the last case left."""
+        status = self.nic()
+        if status["held"] or status["parked"]:
+            self.checkpoint()
+        self.settle()
+        for node in ("client", "pvm", "svm"):
+            self.seen(node)
+
     def kick(self) -> None:
         with inside(self.plan.namespace("primary")):
             self.control["primary"].kick()
@@ -224,7 +234,7 @@ class Wire:
         control = self.control[host]
         found = []
         for key in bpfsys.keys(control.fd("flow_refs"), control.shapes.key("flow_refs")):
-            if socket.ntohs(key.guest_port) == port:  # type: ignore[attr-defined]
+            if socket.ntohs(key.guest_port) == port:
                 ref, flow = control.shapes.leaf("flow_refs")(), control.shapes.leaf("flows")()
                 if bpfsys.lookup(control.fd("flow_refs"), key, ref):
                     bpfsys.lookup(control.fd("flows"), ct.c_uint32(ref.index), flow)
@@ -429,7 +439,7 @@ def with_tag(frame: bytes, notes: Sequence[tuple[int, int, bytes]]) -> bytes:
 
 def ones_sum(data: bytes) -> int:
     """One's complement sum of 16-bit words (RFC 1071)."""
-    total = sum(struct.unpack(f"!{(len(data) + 1) // 2}H", data + b"\0" * (len(data) % 2)))
+    total: int = sum(struct.unpack(f"!{(len(data) + 1) // 2}H", data + b"\0" * (len(data) % 2)))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total
