@@ -24,7 +24,7 @@
 #define FIFO_HIGH 768u     /* a flow asks for a checkpoint from here on: three quarters leave time for one */
 #define SLOTS_LOW (MAX_SLOTS / 4) /* the slab asks for a checkpoint when no more than these are free */
 #ifndef DRAIN_STEPS
-#define DRAIN_STEPS 12     /* steps of one drain run (again what the verifier can follow); it tail-calls itself, up to the kernel's 33 times */
+#define DRAIN_STEPS 8      /* steps of one drain run (again what the verifier can follow); it tail-calls itself, up to the kernel's 33 times */
 #endif
 #define MAX_SEGMENTS 66    /* of a super-packet; 64 KiB of an MSS of 1,220 (IPv6's least) are 54 */
 #ifndef GSO_BATCH
@@ -55,6 +55,8 @@
 #define TAG_PRESENT 0x1000u /* in flow_key.vlan: a tag is there; the bit is DEI's place, which is not compared */
 #define TAG_AD 0x8000u      /* in flow_key.vlan: it is an 802.1ad tag */
 #define MAX_EXT 6           /* IPv6 extension headers that are followed; RFC 8200 orders at most 6 different ones */
+#define MAX_OPTIONS 16 /* TCP options, NOPs counted, that are walked: 40 bytes hold more only if most are NOPs */
+#define STAMPS_ONLY 12 /* bytes of options of a segment that carries just the timestamps, as nearly all do */
 #define TCP_FIN 0x01u
 #define TCP_SYN 0x02u
 #define TCP_RST 0x04u

@@ -17,10 +17,12 @@ static __always_inline bool same_id(const struct held *a, const struct held *b)
 	return !((a->type ^ HELD_FRAGMENT) | (a->start ^ b->start) | (a->epoch ^ b->epoch) | (a->flags & HELD_WHOLE));
 }
 
-/* PVM fragment `h` is linked: when its datagram is whole, gives the datagram's digest to all its fragments. */
-static __always_inline bool p_complete(struct flow *f, struct held_table *t, struct held *h)
+/* PVM fragment `h`, record `index`, is linked: when its datagram is whole, gives the datagram's digest to all its fragments. They follow each other as
+ * a rule: once the first of a datagram has come alone, the search begins there, however long the list before it is. */
+static __always_inline bool p_complete(struct flow *f, struct held_table *t, u32 index, struct held *h)
 {
-	u32 here = f->p_head, have = forget_here(f, 0), total = forget_here(f, 0);
+	bool known = f->frag_first != NONE && f->frag_id == h->start;
+	u32 first = known ? f->frag_first : f->p_head, here = first, have = forget_here(f, 0), total = forget_here(f, 0);
 	u64 sum = forget_here(f, 0);
 
 #pragma nounroll
@@ -28,7 +30,7 @@ static __always_inline bool p_complete(struct flow *f, struct held_table *t, str
 		if (here == NONE)
 			break;
 		struct held *r = record(t, here);
-		if (same_id(r, h)) {
+		if (same_id(r, h) && !(r->flags & HELD_DOUBLE)) {
 			if (r != h && !((r->from ^ h->from) | (r->end ^ h->end) | (r->digest ^ h->digest))) {
 				h->flags |= HELD_DOUBLE; /* the same frame twice: leaves with its twin, counts once */
 				return false;
@@ -40,9 +42,13 @@ static __always_inline bool p_complete(struct flow *f, struct held_table *t, str
 		}
 		here = r->next;
 	}
+	if (!known && h->from == 0) {
+		f->frag_first = have <= h->end ? index : NONE; /* nothing of it came before */
+		f->frag_id = h->start;
+	}
 	if (!total || have != total)
 		return false;
-	here = f->p_head;
+	here = first;
 #pragma nounroll
 	for (int i = 0; i < WALK; i++) {
 		if (here == NONE)
@@ -149,7 +155,7 @@ static __always_inline u32 p_take_datagram(struct flow *f, struct held_table *t,
 		p_append(f, t, index);
 	} else {
 		p_append(f, t, index);
-		if (!diverged && p_complete(f, t, h) && f->s_head != NONE) {
+		if (!diverged && p_complete(f, t, index, h) && f->s_head != NONE) {
 			*used = use_equal(f, t, h);
 			if (*used != NONE)
 				prove_equal(f, t, record(t, *used));

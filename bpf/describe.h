@@ -1,5 +1,40 @@
 /* From a parsed packet to the record that is compared: which kind of thing it is, which range, which digest. The same for both VMs' output. */
 
+/* Walks the TCP options, for what of a SYN both sides must agree on: MSS, window scale, SACK permitted, timestamps on or off, in one word in `h->digest`;
+ * other kinds count as bits. And for a SACK option, whose offset goes to `h->sack`. (Into the map, not into variables: see struct scratch.) */
+static __always_inline void walk_options(struct held *h, const struct view *v, const struct packet *p)
+{
+	u32 off = p->l4 + 20, end = off + p->options;
+
+#pragma nounroll
+	for (int i = 0; i < MAX_OPTIONS; i++) {
+		u8 *o = known_at(v, off, 1); /* parse() has seen that the whole header is there */
+		u32 len = 1;
+		if (off >= end || !o || *o == 0)
+			return;
+		if (*o != 1) {
+			u8 *l = known_at(v, off, 2);
+			if (!l || off + 2 > end)
+				break;
+			len = l[1];
+			if (len < 2 || off + len > end)
+				break;
+			u8 *mss = known_at(v, off, 4), *scale = known_at(v, off, 3); /* 3 bytes may be the frame's last */
+			if (*o == 2 && len == 4 && mss)
+				h->digest |= (u64)(mss[2] << 8 | mss[3]) << 8;
+			else if (*o == 3 && len == 3 && scale)
+				h->digest |= (u64)(0x80 | (scale[2] & 15)) << 24;
+			else if (*o == 5)
+				h->sack = off;
+			else
+				h->digest |= 1ull << (32 + (*o & 15));
+		}
+		off += len;
+		BOUND(off, MAX_FRAME);
+	}
+	h->digest |= 1ull << 63; /* malformed, or too many: equal only to the like */
+}
+
 static __always_inline bool describe(struct held *h, struct scratch *notes, const struct view *v, const struct hash_keys *keys, u32 epoch, u64 now)
 {
 	const struct packet *p = &notes->packet;
@@ -22,6 +57,10 @@ static __always_inline bool describe(struct held *h, struct scratch *notes, cons
 	h->sack = 0;
 	if (p->key.kind == KIND_TCP) {
 		u8 flags = p->tcp_flags;
+		if ((flags & TCP_SYN) || p->options > STAMPS_ONLY)
+			walk_options(h, v, p);
+		u64 options = h->digest;
+		h->digest = 0;
 		stream = 1;
 		pos = h->from = h->start = h->end = p->seq;
 		h->ack = p->ack;
@@ -35,7 +74,7 @@ static __always_inline bool describe(struct held *h, struct scratch *notes, cons
 		} else if (flags & TCP_SYN) {
 			h->type = HELD_SYN;
 			h->end += 1 + len + (flags & TCP_FIN);
-			h->digest = word_mix(keys, syn_options(v, p) << 8 ^ (flags & ~TCP_PSH) ^ (u64)len << 48);
+			h->digest = word_mix(keys, options << 8 ^ (flags & ~TCP_PSH) ^ (u64)len << 48);
 			pos = 1; /* its data (RFC 7413) stand behind an ISN that differs */
 		} else if (len || (flags & TCP_FIN)) {
 			h->type = HELD_DATA;

@@ -92,6 +92,8 @@ int drain(struct __sk_buff *skb)
 		} else if (head != NONE && (at.state == PASSTHROUGH || releasable(f, record(t, head))) && may_emit(f, cpu, now)) {
 			h = record(t, head);
 			account_release(f, h, &ack, &win);
+			if (h->sack)
+				__builtin_memcpy(notes->sack, f->s_sack, sizeof(notes->sack));
 			p_unlink_head(f, t);
 			out = head;
 			verdict = 1;
@@ -158,6 +160,8 @@ int drain(struct __sk_buff *skb)
 				lower(slot, h, ack, win);
 				at.count->lowered++;
 			}
+			if (h->sack && blank_sack(slot, h, notes, &f->key, f->s_ack))
+				at.count->lowered++;
 			if (f->key.kind == KIND_TCP)
 				note_timestamps(f, slot, h);
 			u64 ns = now - h->since_ns, log = 0;

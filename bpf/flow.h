@@ -84,6 +84,8 @@ static __always_inline void p_unlink_head(struct flow *f, struct held_table *t)
 	struct held *h = record(t, f->p_head);
 	if (f->p_next == f->p_head)
 		f->p_next = h->next;
+	if (f->frag_first == f->p_head)
+		f->frag_first = NONE;
 	if (h->flags & HELD_PROVEN)
 		f->p_proven--;
 	f->p_head = h->next;
@@ -224,7 +226,7 @@ static __always_inline bool make_flow(const struct place *at, struct flow_key *k
 	f->flags = FLOW_LIVE;
 	f->last_ns = now;
 	f->epoch = at->epoch;
-	f->p_head = f->p_tail = f->p_next = f->s_head = f->s_tail = NONE;
+	f->p_head = f->p_tail = f->p_next = f->s_head = f->s_tail = f->frag_first = NONE;
 	bpf_spin_unlock(&f->lock);
 	ref->index = index;
 	ref->generation = generation;

@@ -24,15 +24,6 @@ static __always_inline const u64 *keys_at(const struct hash_keys *keys, u32 word
 	return (stream ? keys->stream : keys->datagram) + word;
 }
 
-/* `n` bytes at `off`, known to be there: slots are padded, so a mask is enough; of packets the verifier wants to see it again. */
-static __always_inline u64 *words_at(const struct view *v, u32 off, u32 n)
-{
-	if (!v->slot)
-		return peek(v, off, n);
-	BOUND(off, SLOT_BYTES - 1);
-	return v->data + off;
-}
-
 /* Hash of `len` bytes at offset `off` of `v`, which stand at position `pos`. *ok is cleared if they are not all there. */
 static __always_inline u64 range_hash(const struct hash_keys *keys, const struct view *v, u32 off, u32 len, u32 pos, u32 stream, bool *ok)
 {
@@ -48,7 +39,7 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 		return 0;
 	}
 	if (words) {
-		w = words_at(v, here, 8);
+		w = known_at(v, here, 8);
 		if (w)
 			first = *w;
 	}
@@ -58,7 +49,7 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 	for (int i = 0; i < HASH_ROUNDS; i++) {
 		if (words < 8)
 			break;
-		w = words_at(v, here, 64);
+		w = known_at(v, here, 64);
 		if (!w)
 			break;
 		u32 at_word = word & mask;
@@ -77,7 +68,7 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 		words -= 8;
 	}
 	if (words & 4) {
-		w = words_at(v, here, 32);
+		w = known_at(v, here, 32);
 		if (w) {
 			const u64 *k = keys_at(keys, word, stream);
 			a += bytes_hash(k, w + 0);
@@ -93,7 +84,7 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 	BOUND(word, DGRAM_WORDS - 1);
 	sum = a + b;
 	if (words & 2) {
-		w = words_at(v, here, 16);
+		w = known_at(v, here, 16);
 		if (w) {
 			const u64 *k = keys_at(keys, word, stream);
 			sum += bytes_hash(k, w) + bytes_hash(k + 2, w + 1);
@@ -102,13 +93,13 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 		word += 4;
 	}
 	if (words & 1) {
-		w = words_at(v, here, 8);
+		w = known_at(v, here, 8);
 		if (w)
 			sum += bytes_hash(keys_at(keys, word, stream), w);
 		word += 2;
 	}
 	if (rest) { /* the last 8 bytes of the range, shifted so that the rest stands where its word would have it */
-		w = words_at(v, off + len - 8, 8);
+		w = known_at(v, off + len - 8, 8);
 		u64 tail = w ? *w >> (8 * (8 - rest)) : 0;
 		sum += word_hash(keys_at(keys, word, stream), tail);
 		if (phase + len < 8)

@@ -380,7 +380,7 @@ int hold(struct __sk_buff *skb)
 	if (take == TAKE_DRAIN) {
 		skb->cb[CB_FLOW] = ref->index;
 		skb->cb[CB_MODE] = partial ? MODE_PARTIAL : 0;
-		skb->cb[CB_OWN] = 1;
+		skb->cb[CB_OWN] = h->sack ? 0 : 1; /* with SACK blocks that may have to go it doesn't pass as it came */
 		skb->cb[CB_STAGED] = 0;
 		skb->cb[CB_PARTIAL] = p->l4;
 		tc_stages.call(skb, STAGE_DRAIN);
@@ -512,13 +512,31 @@ int p3_arrive(struct xdp_md *ctx)
 	a->length = h->end - h->from;
 	a->l4 = h->l4;
 	a->payload = h->payload;
-	a->start = h->start;
+	a->start = p->key.kind == KIND_TCP ? h->sack : h->start;
 	a->type = h->type;
 	a->flags = h->flags;
 	return XDP_PASS;
 }
 
-static __always_inline u32 s_take(struct flow *f, struct held_table *t, const struct place *at, u32 generation, const struct held *s, u64 now, u32 *used)
+/* The blocks of the SACK option at `sack` (offset with the tag; 0: none) into the notes. */
+static __always_inline void load_sack(struct __sk_buff *skb, struct scratch *notes, u32 sack, u32 tag)
+{
+	u8 len = 0;
+	__builtin_memset(notes->sack, 0, sizeof(notes->sack));
+	if (!sack || bpf_skb_load_bytes(skb, sack - tag + 1, &len, 1))
+		return;
+#pragma nounroll
+	for (u32 i = 0; i < 4; i++) {
+		u32 edges[2];
+		if (2 + 8 * (i + 1) > len || bpf_skb_load_bytes(skb, sack - tag + 2 + 8 * i, edges, 8))
+			break;
+		notes->sack[2 * i] = bpf_ntohl(edges[0]);
+		notes->sack[2 * i + 1] = bpf_ntohl(edges[1]);
+	}
+}
+
+static __always_inline u32 s_take(struct flow *f, struct held_table *t, const struct place *at, u32 generation, const struct held *s, u64 now,
+				  const struct scratch *notes, u32 *used)
 {
 	u32 take = TAKE_SWALLOW;
 	bpf_spin_lock(&f->lock);
@@ -535,6 +553,8 @@ static __always_inline u32 s_take(struct flow *f, struct held_table *t, const st
 		} else if (f->epoch != at->epoch) {
 			take = TAKE_STORE; /* a commit is not through for this flow yet; the owner sorts it out */
 		} else {
+			if (s->flags & HELD_ACKS)
+				__builtin_memcpy(f->s_sack, notes->sack, sizeof(f->s_sack));
 			take = s_take_stream(f, t, s);
 		}
 	}
@@ -572,6 +592,7 @@ int p4_prove(struct __sk_buff *skb)
 	s.end = a->from + a->length;
 	s.start = a->type == HELD_FRAGMENT ? a->start : a->from;
 	s.type = a->type;
+	u32 a_sack = a->start;
 	s.flags = a->flags;
 	s.l4 = a->l4;
 	s.payload = a->payload;
@@ -584,7 +605,7 @@ int p4_prove(struct __sk_buff *skb)
 			s.flags |= HELD_WHOLE;
 	}
 	if (s.flags & HELD_ACKS) {
-		u32 off = s.l4 - (skb->vlan_present ? 4 : 0);
+		u32 off_tag = skb->vlan_present ? 4 : 0, off = s.l4 - off_tag;
 		struct {
 			u32 ack;
 			u16 flags;
@@ -594,8 +615,9 @@ int p4_prove(struct __sk_buff *skb)
 			return VERDICT_DROP;
 		s.ack = bpf_ntohl(tcp.ack);
 		s.win = bpf_ntohs(tcp.win);
+		load_sack(skb, notes, a_sack, off_tag);
 	}
-	u32 take = s_take(f, t, &at, generation, &s, now, &used);
+	u32 take = s_take(f, t, &at, generation, &s, now, notes, &used);
 	if (take == TAKE_STORE) {
 		index = take_slot(&at);
 		if (index == NONE) {

@@ -63,7 +63,7 @@ static __always_inline int split_packet(struct __sk_buff *skb, u32 kind, int bat
 	struct flow *f = flows.lookup(&ref.index);
 	struct place at;
 	bool done = false, drains = false, whole = false;
-	u32 l4 = 0;
+	u32 l4 = 0, sack = 0;
 
 	if (!t || !f || !keys || !gso || !place_of_vif(&at, skb->ifindex))
 		return VERDICT_DROP;
@@ -120,6 +120,7 @@ static __always_inline int split_packet(struct __sk_buff *skb, u32 kind, int bat
 		h->len = payload + n;
 		h->hash = skb->hash;
 		l4 = p->l4;
+		sack = h->sack;
 		u32 take = p_take(f, t, &at, &ref, index, now, kind, false, &ack, &win, &used);
 		if (used != NONE) {
 			at.count->svm_unparked++;
@@ -162,7 +163,7 @@ static __always_inline int split_packet(struct __sk_buff *skb, u32 kind, int bat
 			notes->now = now;
 		skb->cb[CB_FLOW] = ref.index;
 		skb->cb[CB_MODE] = MODE_PARTIAL;
-		skb->cb[CB_OWN] = whole ? own : 0; /* with refused segments the super-packet must not pass */
+		skb->cb[CB_OWN] = whole && !sack ? own : 0; /* with refused segments the super-packet must not pass */
 		skb->cb[CB_STAGED] = 0;
 		skb->cb[CB_PARTIAL] = l4;
 		tc_stages.call(skb, STAGE_DRAIN);

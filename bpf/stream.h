@@ -163,7 +163,7 @@ static __always_inline bool repeats(const struct flow *f, const struct held *h)
  * `*used`: a slot of the SVM's that it used up. */
 static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u32 index, struct held *h, u64 now, bool single, u32 *used)
 {
-	bool alone = single && !f->p_count && !f->owner && may_pass(f, now);
+	bool alone = single && !h->sack && !f->p_count && !f->owner && may_pass(f, now);
 	bool acked = !(h->flags & HELD_ACKS) || (f->flags & FLOW_S_ACK);
 
 	if (f->p_count >= MAX_FIFO)
@@ -204,7 +204,7 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 		f->work = 1;
 		return TAKE_HOLD;
 	}
-	if (single && f->s_count && f->p_next != NONE && !(f->flags & FLOW_DIVERGED)) {
+	if (single && ((f->s_count && f->p_next != NONE && !(f->flags & FLOW_DIVERGED)) || (h->sack && f->p_head == index && releasable(f, h)))) {
 		f->owner = 1;
 		return TAKE_DRAIN;
 	}

@@ -122,6 +122,7 @@ struct flow {
 	u64 emit_ns;
 	u32 p_head, p_tail, p_count; /* PVM packets held, in the PVM's order */
 	u32 p_proven;   /* HELD_PROVEN ones of them */
+	u32 frag_first, frag_id; /* the PVM's datagram whose fragments come now: its first record, or NONE; its identification */
 	u32 p_next;     /* TCP: the record that matching is at, or NONE */
 	u32 s_head, s_tail, s_count; /* SVM output that is ahead; TCP: by stream position */
 	u32 proven;     /* TCP stream: all before it was proven or committed */
@@ -131,7 +132,7 @@ struct flow {
 	u32 c_ack;      /* highest that the client was sent */
 	u16 p_win, s_win, c_win;
 	u16 cell;       /* see forget_here() */
-	u32 s_sack;     /* highest edge of the SVM's SACK blocks */
+	u32 s_sack[8];  /* edges of the blocks in the SVM's last SACK option, host order; an unused block is 0, 0 */
 	u32 p_high;     /* TCP: highest position in the PVM's list */
 	u64 syn_digest; /* of the PVM's SYN that was matched last, number `pvm_isn` */
 	u32 hash; /* of the PVM's last packet, for the owed ACK */
@@ -202,6 +203,7 @@ struct scratch {
 	u64 now;       /* from P2's second half and P4 to drain: one reading of the clock a packet */
 	u32 spare;     /* a free slot kept by this CPU, plus one; 0: none */
 	struct edits edits;
+	u32 sack[8]; /* the SVM's blocks, from P4 to the flow and from the flow to drain */
 	u32 cell[8]; /* see forget() */
 	struct held held;
 };
@@ -216,7 +218,7 @@ struct arrival {
 	u16 nic; /* nic.id */
 	u16 l4;
 	u16 payload;
-	u16 start; /* low bits of the fragment's identification */
+	u16 start; /* low bits of the fragment's identification; TCP: offset of a SACK option, or 0 */
 	u8 type; /* enum held_type */
 	u8 flags; /* HELD_FIN, HELD_LAST */
 };

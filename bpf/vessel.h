@@ -96,6 +96,49 @@ static __always_inline void put_tag(struct __sk_buff *skb, const struct place *a
 	skb->tc_index = generation & 0xffff;
 }
 
+/* Blanks out the PVM's SACK option if the SVM has not reported, or acknowledged, all of its blocks: the client takes them for received and would not
+ * send again what the SVM lacks (promise 2). */
+static __always_inline bool blank_sack(struct slot *slot, const struct held *h, const struct scratch *notes, const struct flow_key *key, u32 s_ack)
+{
+	u32 off = h->sack, l4 = h->l4;
+	u32 l4_len = h->payload - l4 + (h->type == HELD_DATA ? h->end - h->start - !!(h->flags & HELD_FIN) : 0);
+	bool known = true;
+
+	if (off > SLOT_BYTES - 64 || l4 > SLOT_BYTES - 64 || l4 + l4_len > SLOT_BYTES - 64)
+		return false;
+	BOUND(off, SLOT_BYTES - 1);
+	BOUND(l4, SLOT_BYTES - 1);
+	u8 *o = slot->byte + off;
+	u32 len = o[1];
+#pragma nounroll
+	for (u32 i = 0; i < 4; i++) {
+		if (2 + 8 * (i + 1) > len)
+			break;
+		u32 left = be32_at(o + 2 + 8 * i), right = be32_at(o + 6 + 8 * i);
+		bool has = seq_le(right, s_ack);
+#pragma unroll
+		for (int b = 0; b < 8; b += 2)
+			has |= notes->sack[b] != notes->sack[b + 1] && seq_le(notes->sack[b], left) && seq_le(right, notes->sack[b + 1]);
+		known &= has;
+	}
+	if (known)
+		return false;
+#pragma nounroll
+	for (u32 i = 0; i < 40; i++) {
+		if (i >= len)
+			break;
+		((volatile u8 *)o)[i] = 1; /* NOP; volatile, or clang calls memset() */
+	}
+	u8 *tcp = slot->byte + l4;
+	*(u16 *)(tcp + 16) = 0;
+	u32 end = l4 + l4_len;
+	BOUND(end, SLOT_BYTES - 1);
+	*(u32 *)(slot->byte + end) = 0;
+	u64 sum = slot_sum(slot, l4, l4_len) + pseudo_sum(key, l4_len);
+	*(u16 *)(tcp + 16) = ~fold(sum);
+	return true;
+}
+
 /* Overwrites `skb` with slot `slot`. */
 static __always_inline bool load_vessel(struct __sk_buff *skb, const struct place *at, struct slot *slot, const struct held *h, u32 index,
 					u32 generation)
