@@ -96,11 +96,21 @@ def frame_of(
 
 
 def tcp(
-    port: int, seq: int, data: bytes = b"", flags: str = "A", *, ack: int = 1, options: Any = (), output: bool = True, **where: Any
+    port: int,
+    seq: int,
+    data: bytes = b"",
+    flags: str = "A",
+    *,
+    ack: int = 1,
+    options: Any = (),
+    output: bool = True,
+    **where: Any,
 ) -> bytes:
     """A TCP segment between the guest's `port` and the client's 40,000."""
     ports = (port, 40_000) if output else (40_000, port)
-    layer = TCP(sport=ports[0], dport=ports[1], seq=seq & 0xFFFFFFFF, ack=ack & 0xFFFFFFFF, flags=flags, options=list(options))
+    layer = TCP(
+        sport=ports[0], dport=ports[1], seq=seq & 0xFFFFFFFF, ack=ack & 0xFFFFFFFF, flags=flags, options=list(options)
+    )
     return bytes(frame_of(layer=layer / Raw(data), output=output, **where))
 
 

@@ -19,7 +19,10 @@ PHASES = 9  # positions within a word of 8 bytes, and one more
 
 def model(keys: list[int], data: bytes, position: int) -> int:
     """Each byte stands at its place in the word of its position; words are multiplied by their position's key."""
-    return sum(keys[(position + i) // 4 % len(keys)] * (byte << 8 * ((position + i) % 4)) for i, byte in enumerate(data)) & M64
+    return (
+        sum(keys[(position + i) // 4 % len(keys)] * (byte << 8 * ((position + i) % 4)) for i, byte in enumerate(data))
+        & M64
+    )
 
 
 def stream_digest(rig: Rig, port: int, position: int, data: bytes, flags: str = "A") -> int:
@@ -63,7 +66,11 @@ def test_the_keys_of_both_tables_are_different_and_random(rig: Rig) -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.binary(min_size=2, max_size=MAX_TCP), cuts=st.lists(st.integers(1, MAX_TCP), max_size=6), start=st.integers(0, (1 << 32) - 1))
+@given(
+    data=st.binary(min_size=2, max_size=MAX_TCP),
+    cuts=st.lists(st.integers(1, MAX_TCP), max_size=6),
+    start=st.integers(0, (1 << 32) - 1),
+)
 def test_a_range_may_be_cut_anywhere(rig: Rig, data: bytes, cuts: list[int], start: int) -> None:
     port = 19_999
     edges = [0, *sorted({cut for cut in cuts if cut < len(data)}), len(data)]

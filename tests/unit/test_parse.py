@@ -23,7 +23,20 @@ from scapy.layers.ipsec import AH
 from scapy.layers.l2 import ARP, Dot3, Ether
 from scapy.packet import Packet, Raw
 
-from tests.unit.rig import CLIENT_4, CLIENT_MAC, GUEST_4, GUEST_6, GUEST_MAC, OTHER_MAC, XDP_DROP, XDP_PASS, Rig, frame_of, tcp, udp
+from tests.unit.rig import (
+    CLIENT_4,
+    CLIENT_MAC,
+    GUEST_4,
+    GUEST_6,
+    GUEST_MAC,
+    OTHER_MAC,
+    XDP_DROP,
+    XDP_PASS,
+    Rig,
+    frame_of,
+    tcp,
+    udp,
+)
 
 pytestmark = pytest.mark.kernel
 
@@ -134,7 +147,16 @@ def test_a_frame_gives_this_flow_and_this_range(rig: Rig, row: Row) -> None:
     assert got.verdict == XDP_PASS
     key = rig.flow(got.flow).key
     guest = ip_address(bytes(key.guest))
-    seen = (key.kind, key.proto, ntohs(key.guest_port), tuple(key.vlan), str(guest.ipv4_mapped or guest), got.start, got.length, got.flags & HELD_LAST)
+    seen = (
+        key.kind,
+        key.proto,
+        ntohs(key.guest_port),
+        tuple(key.vlan),
+        str(guest.ipv4_mapped or guest),
+        got.start,
+        got.length,
+        got.flags & HELD_LAST,
+    )
     assert seen == (row.kind, row.proto, row.port, row.tags, row.guest, row.start, row.length, row.flags)
 
 
@@ -158,7 +180,12 @@ def test_what_is_compared_of_icmp_is_not_its_checksum(rig: Rig) -> None:
     assert rig.arrive(bytes(frame_of(layer=ICMP(id=1) / Raw(DATA)))).digest not in digests
 
 
-NEVER_COMPARED: dict[str, dict[str, Any]] = {"id": {"id": 77}, "ttl": {"ttl": 3}, "tos": {"tos": 0xB8}, "df": {"flags": "DF"}}
+NEVER_COMPARED: dict[str, dict[str, Any]] = {
+    "id": {"id": 77},
+    "ttl": {"ttl": 3},
+    "tos": {"tos": 0xB8},
+    "df": {"flags": "DF"},
+}
 
 
 @pytest.mark.parametrize("fields", NEVER_COMPARED.values(), ids=NEVER_COMPARED)
