@@ -1,4 +1,4 @@
-"""bpf(2) by ctypes: what bcc 0.26 has no binding for (BPF_PROG_TEST_RUN), and pinned maps and programs without a compile."""
+"""bpf(2) by ctypes: what bcc 0.26 can't do (BPF_PROG_TEST_RUN), and pinned maps and programs without a compile."""
 
 from __future__ import annotations
 
@@ -6,24 +6,41 @@ import ctypes as ct
 import errno
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from coloebpf.errors import BpfError
+
+if TYPE_CHECKING:
+    from _ctypes import _CData  # what all ctypes values are; at run time it has no public name
+
+Key = TypeVar("Key", bound="_CData")
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280}  # __NR_bpf
 _libc = ct.CDLL(None, use_errno=True)
 
 # enum bpf_cmd, linux/bpf.h
 MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, MAP_NEXT_KEY = 1, 2, 3, 4
+_MAP_VERBS = {MAP_LOOKUP: "read", MAP_UPDATE: "write", MAP_DELETE: "take an entry out of", MAP_NEXT_KEY: "list"}
 OBJ_PIN, OBJ_GET, TEST_RUN = 6, 7, 10
+PROG_FD_BY_ID, INFO_BY_FD = 13, 15
 
 CB_OFFSET, CB_WORDS = 48, 5  # of struct __sk_buff, linux/bpf.h: cb[] begins there
 PRIORITY_OFFSET, SK_BUFF_BYTES = 32, 192
+_NAME_OFFSET = 64  # of struct bpf_prog_info, linux/bpf.h
 
 
 class _MapAttr(ct.Structure):
-    _fields_ = [("map_fd", ct.c_uint32), ("pad", ct.c_uint32), ("key", ct.c_uint64), ("value", ct.c_uint64), ("flags", ct.c_uint64)]
+    _fields_ = [
+        ("map_fd", ct.c_uint32),
+        ("pad", ct.c_uint32),
+        ("key", ct.c_uint64),
+        ("value", ct.c_uint64),
+        ("flags", ct.c_uint64),
+    ]
 
 
 class _ObjAttr(ct.Structure):
@@ -48,6 +65,14 @@ class _TestAttr(ct.Structure):
         ("cpu", ct.c_uint32),
         ("batch_size", ct.c_uint32),
     ]
+
+
+class _IdAttr(ct.Structure):
+    _fields_ = [("id", ct.c_uint32), ("next_id", ct.c_uint32), ("open_flags", ct.c_uint32)]
+
+
+class _InfoAttr(ct.Structure):
+    _fields_ = [("bpf_fd", ct.c_uint32), ("info_len", ct.c_uint32), ("info", ct.c_uint64)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +105,17 @@ def obj_get(path: Path) -> int:
     try:
         return bpf(OBJ_GET, _ObjAttr(pathname=ct.addressof(name)))
     except OSError as e:
-        raise BpfError(f"{path}: {e.strerror}; is the dataplane attached?") from e
+        raise BpfError(f"{path} can't be opened: {e.strerror}; is the dataplane loaded?") from e
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """The descriptor of obj_get() for the length of a block."""
+    fd = obj_get(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def obj_pin(fd: int, path: Path) -> None:
@@ -96,53 +131,54 @@ def obj_pin(fd: int, path: Path) -> None:
     fresh.rename(path)
 
 
-def lookup(fd: int, key: ct._SimpleCData[int] | ct.Structure, value: ct.Structure | ct.Array[ct.Structure] | ct._SimpleCData[int]) -> bool:
-    """Fills `value`; False if the key is not there. For a per-CPU map `value` is an array with a place for each possible CPU."""
+def _on_map(command: int, fd: int, key: _CData | None, value: _CData | None = None) -> bool:
+    """One call on a map; False if the kernel knows no such entry. Raises BpfError for any other refusal."""
+    attr = _MapAttr(
+        map_fd=fd,
+        key=ct.addressof(key) if key is not None else 0,
+        value=ct.addressof(value) if value is not None else 0,
+    )
     try:
-        bpf(MAP_LOOKUP, _MapAttr(map_fd=fd, key=ct.addressof(key), value=ct.addressof(value)))
+        bpf(command, attr)
     except OSError as e:
         if e.errno == errno.ENOENT:
             return False
-        raise
+        raise BpfError(f"the kernel refuses to {_MAP_VERBS[command]} a map: {e.strerror}") from e
     return True
 
 
-def update(fd: int, key: ct._SimpleCData[int] | ct.Structure | None, value: ct.Structure | ct._SimpleCData[int]) -> None:
+def lookup(fd: int, key: _CData, value: _CData) -> bool:
+    """Fills `value`; False if the key is not there. A per-CPU map's `value` is an array, one place a possible CPU."""
+    return _on_map(MAP_LOOKUP, fd, key, value)
+
+
+def update(fd: int, key: _CData | None, value: _CData) -> None:
     """Writes one entry; `key` None pushes onto a queue or stack."""
-    bpf(MAP_UPDATE, _MapAttr(map_fd=fd, key=ct.addressof(key) if key is not None else 0, value=ct.addressof(value)))
+    _on_map(MAP_UPDATE, fd, key, value)
 
 
-def delete(fd: int, key: ct._SimpleCData[int] | ct.Structure) -> bool:
+def delete(fd: int, key: _CData) -> bool:
     """Takes an entry out; False if it was not there."""
-    try:
-        bpf(MAP_DELETE, _MapAttr(map_fd=fd, key=ct.addressof(key)))
-    except OSError as e:
-        if e.errno == errno.ENOENT:
-            return False
-        raise
-    return True
+    return _on_map(MAP_DELETE, fd, key)
 
 
-def keys(fd: int, key_type: type[ct.Structure]) -> list[ct.Structure]:
+def keys(fd: int, key_type: type[Key]) -> list[Key]:
     """All keys of a map (not of an array)."""
-    found: list[ct.Structure] = []
-    here: ct.Structure | None = None
-    while True:
-        following = key_type()
-        try:
-            bpf(MAP_NEXT_KEY, _MapAttr(map_fd=fd, key=ct.addressof(here) if here is not None else 0, value=ct.addressof(following)))
-        except OSError as e:
-            if e.errno == errno.ENOENT:
-                return found
-            raise
+    found: list[Key] = []
+    following = key_type()
+    while _on_map(MAP_NEXT_KEY, fd, found[-1] if found else None, following):
         found.append(following)
-        here = following
+        following = key_type()
+    return found
 
 
 def test_run(
     prog_fd: int, data: bytes, *, repeat: int = 1, ctx: bytes | None = None, out_size: int = 65536, want_ctx: int = 0
 ) -> TestRun:
-    """Runs a program on `data` in the caller's network namespace. `ctx`: struct __sk_buff or xdp_md; `want_ctx`: bytes of it to give back."""
+    """Runs a program on `data` in the caller's network namespace.
+
+    `ctx`: a struct __sk_buff or xdp_md; `want_ctx`: how many bytes of it to give back.
+    """
     source = ct.create_string_buffer(data, len(data))
     result = ct.create_string_buffer(out_size)
     given = ct.create_string_buffer(ctx or b"", len(ctx or b""))
@@ -163,7 +199,12 @@ def test_run(
         bpf(TEST_RUN, attr)
     except OSError as e:
         raise BpfError(f"BPF_PROG_TEST_RUN: {e.strerror}") from e
-    return TestRun(ct.c_int32(attr.retval).value, result.raw[: attr.data_size_out], back.raw[: attr.ctx_size_out], attr.duration)
+    return TestRun(
+        retval=ct.c_int32(attr.retval).value,
+        data=result.raw[: attr.data_size_out],
+        ctx=back.raw[: attr.ctx_size_out],
+        duration_ns=attr.duration,
+    )
 
 
 test_run.__test__ = False  # type: ignore[attr-defined]
@@ -176,18 +217,6 @@ def sk_buff(*cb: int, priority: int = 0) -> bytes:
     for i, word in enumerate(cb[:CB_WORDS]):
         words[CB_OFFSET + 4 * i : CB_OFFSET + 4 * i + 4] = (word & 0xFFFFFFFF).to_bytes(4, "little")
     return bytes(words)
-
-
-PROG_FD_BY_ID, INFO_BY_FD = 13, 15
-_NAME_OFFSET = 64  # of struct bpf_prog_info, linux/bpf.h
-
-
-class _IdAttr(ct.Structure):
-    _fields_ = [("id", ct.c_uint32), ("next_id", ct.c_uint32), ("open_flags", ct.c_uint32)]
-
-
-class _InfoAttr(ct.Structure):
-    _fields_ = [("bpf_fd", ct.c_uint32), ("info_len", ct.c_uint32), ("info", ct.c_uint64)]
 
 
 def prog_name(prog_id: int) -> str:

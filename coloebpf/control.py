@@ -1,4 +1,4 @@
-"""Working a running dataplane through its pins, without a compile: states, checkpoints, exemptions, events, counters."""
+"""Working a running dataplane by its pins, without a compile: states, checkpoints, exemptions, events, counters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coloebpf import bpfsys, snapshot
+from coloebpf import bpfsys, pins, snapshot
 from coloebpf.errors import BpfError, ConfigError
 from coloebpf.events import EventReader
 from coloebpf.model import MAX_NICS, MAX_PAIRS, State
@@ -22,6 +22,8 @@ __all__ = ["Control", "PairState", "State"]
 FRAME = bytes(64)  # what flush and sweep are run on: a vessel to overwrite
 FLUSH_ROUNDS = 100_000  # flows a flush may touch before it says that something is wrong
 GAUGE_FLOW_TOP = 2  # bpf/maps.h
+EXEMPT_FIELDS_BITS = 32  # of struct exempt_key before `remote`: a prefix of the trie covers them always
+MAPPED_4 = bytes(10) + b"\xff\xff"  # begins an IPv4 address written as IPv6
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,20 @@ class PairState:
 
     state: State
     epoch: int
+
+
+def exemption(proto: int, guest_port: int, remote: str, nic: int) -> tuple[int, bytes]:
+    """Bits of an exemption's key that count, and its address as 16 bytes. Raises ConfigError for what can't be one."""
+    try:
+        net = ipaddress.ip_network(remote, strict=False)
+    except ValueError as e:
+        raise ConfigError(f"remote {remote!r} is no address prefix such as 10.0.0.0/8 or fd00::/8") from e
+    for what, number, top in (("protocol", proto, 255), ("port", guest_port, 65535), ("NIC", nic, MAX_NICS - 1)):
+        if not 0 <= number <= top:
+            raise ConfigError(f"exemption of {what} {number}: must be between 0 and {top}")
+    address = net.network_address.packed
+    mapped = MAPPED_4 + address if net.version == 4 else address
+    return EXEMPT_FIELDS_BITS + 8 * (16 - len(address)) + net.prefixlen, mapped
 
 
 class Control:
@@ -43,13 +59,16 @@ class Control:
 
     @classmethod
     def open(cls, pin_dir: Path) -> Control:
-        """Raises BpfError if no dataplane is pinned there."""
-        if not (pin_dir / "pairs").exists():
-            raise BpfError(f"no dataplane is attached: {pin_dir} has no pins")
-        return cls(pin_dir, Shapes(pin_dir))
+        """Raises BpfError if no dataplane is pinned there, or not all of it."""
+        if not pins.any_there(pin_dir):
+            raise BpfError(f"no dataplane is loaded: {pin_dir} has no pins")
+        return cls(pin_dir, pins.complete(pin_dir, (*pins.MAPS, *pins.UPKEEP)))
 
     def close(self) -> None:
         """Gives back all file descriptors."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
         if self._memory is not None:
             self._memory.close()
             self._memory = None
@@ -80,7 +99,8 @@ class Control:
         return (ct.c_uint64 * 2).from_buffer(self._memory, pair * ct.sizeof(self.shapes.leaf("pairs")))
 
     def _write(self, pair: int, state: State, epoch: int) -> None:
-        self._words(pair)[0] = int(state) | (epoch & 0xFFFFFFFF) << 32  # one store: the programs see both change together
+        # one store: the programs see both change together
+        self._words(pair)[0] = int(state) | (epoch & 0xFFFFFFFF) << 32
 
     def state(self, pair: int) -> PairState:
         """What the programs read for each packet of the pair."""
@@ -98,7 +118,7 @@ class Control:
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def suspend(self, pair: int) -> int:
-        """`suspended` (design.md, section 5): the old SVM's output proves nothing from here on. Returns the new epoch."""
+        """An engine's `suspended`: the old SVM's output proves nothing from here on. Returns the new epoch."""
         epoch = (self.state(pair).epoch + 1) & 0xFFFFFFFF
         self._write(pair, State.CHECKPOINTING, epoch)
         return epoch
@@ -109,7 +129,7 @@ class Control:
         return self.kick()
 
     def clear_translations(self, pair: int) -> int:
-        """On a secondary: the SVM is (about to be) a copy of the PVM, each offset is zero. One write; returns the new epoch."""
+        """On a secondary: the SVM is (about to be) a copy of the PVM, each offset is zero. Returns the new epoch."""
         before = self.state(pair)
         epoch = (before.epoch + 1) & 0xFFFFFFFF
         self._write(pair, before.state, epoch)
@@ -133,12 +153,14 @@ class Control:
         for _ in range(rounds):
             if here >= top.value:
                 return
-            run = bpfsys.test_run(self.fd(program), FRAME, ctx=bpfsys.sk_buff(0, here, top.value), want_ctx=bpfsys.SK_BUFF_BYTES)
+            ctx = bpfsys.sk_buff(0, here, top.value)
+            run = bpfsys.test_run(self.fd(program), FRAME, ctx=ctx, want_ctx=len(ctx))
             here = int.from_bytes(run.ctx[bpfsys.PRIORITY_OFFSET : bpfsys.PRIORITY_OFFSET + 4], "little")
         raise BpfError(f"{program} did not come to an end in {rounds} runs")
 
     def _released(self) -> int:
-        return sum(snapshot.counters(self, nic).released_packets for nic in range(MAX_NICS))
+        numbers = {nic.id for nic in snapshot.attached(self)}
+        return sum(int(snapshot.counters(self, number).released_packets) for number in numbers)
 
     # ---- exemptions ------------------------------------------------------------------------------------------------
 
@@ -154,17 +176,10 @@ class Control:
         return found
 
     def _exempt_key(self, proto: int, guest_port: int, remote: str, nic: int) -> Any:
-        try:
-            net = ipaddress.ip_network(remote, strict=False)
-        except ValueError as e:
-            raise ConfigError(f"remote {remote!r} is no address prefix such as 10.0.0.0/8 or fd00::/8") from e
-        if not 0 <= proto <= 255 or not 0 <= guest_port <= 65535 or not 0 <= nic < MAX_NICS:
-            raise ConfigError(f"exemption {proto}/{guest_port} on NIC {nic}: protocol, port or NIC is out of range")
-        address = net.network_address.packed
-        mapped, bits = (bytes(10) + b"\xff\xff" + address, 96) if net.version == 4 else (address, 0)
+        prefixlen, mapped = exemption(proto, guest_port, remote, nic)
         key = self.shapes.key("exempt")()
-        key.prefixlen, key.proto, key.nic, key.guest_port = 32 + bits + net.prefixlen, proto, nic, socket.htons(guest_port)
-        ct.memmove(ct.addressof(key) + type(key).remote.offset, mapped, 16)
+        key.prefixlen, key.proto, key.nic, key.guest_port = prefixlen, proto, nic, socket.htons(guest_port)
+        ct.memmove(ct.addressof(key) + type(key).remote.offset, mapped, len(mapped))
         return key
 
     def _note_exempts(self, nic: int) -> None:

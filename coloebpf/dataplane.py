@@ -1,60 +1,101 @@
-"""Loading and attaching: compiles the programs, pins maps and programs, hangs them on a guest NIC's devices, and takes all of it away again."""
+"""Loading and attaching: compiles the programs, pins maps and programs, hangs them on a guest NIC's devices."""
+
+from __future__ import annotations
 
 import ctypes as ct
 import json
 import os
 import secrets
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from coloebpf import bpfsys, netdev, shapes
+from coloebpf import bpfsys, netdev, pins, shapes, tuning
+from coloebpf.detaching import detach, remove_pins
 from coloebpf.errors import BpfError, ConfigError
-from coloebpf.model import MAX_NICS, MAX_PAIRS, NicSpec, Role, Sizes
+from coloebpf.model import MAX_NICS, MAX_PAIRS, NIC_CLSACT_FWD, NIC_CLSACT_VIF, NicSpec, Role, Sizes
+from coloebpf.pins import MAPS, TC_PROGRAMS, XDP_PROGRAMS
 from coloebpf.preflight import Headers, Preflight
 from coloebpf.source import one_text
 
 __all__ = ["Dataplane", "NicSpec", "Role", "Sizes", "detach"]
 
-PIN_ROOT = Path("/sys/fs/bpf/coloebpf")
-COMPARE_TIMEOUT_NS = 200_000_000  # design.md, section 4; QEMU's is 3 s
+COMPARE_TIMEOUT_NS = 200_000_000  # docs/design.md, section 5; QEMU's is 3 s
+MARK_SHIFT, MARK_MAX = 20, 0xFFF  # of skb->mark the upper 12 bits are the secret (FLOW_MASK in bpf/constants.h)
+MAX_VLAN = 4094
 
-TC_PROGRAMS = (
-    "p1_mirror", "p2_output", "hold", "split", "split_udp", "pass_whole", "p4_prove", "drain",
-    "s1_deliver", "s2_output", "s3_isolate", "link_deliver", "flush", "sweep",
-)  # fmt: skip
-XDP_PROGRAMS = ("link_arrive", "p3_arrive", "s1_arrive")
-TC_STAGES = {0: "drain", 1: "split", 2: "p4_prove", 3: "s1_deliver", 4: "pass_whole", 5: "hold", 6: "split_udp"}  # STAGE_* of bpf/maps.h
-XDP_STAGES = {0: "p3_arrive", 1: "s1_arrive"}
-MAPS = (
-    "settings", "hash_keys", "pairs", "nics", "nic_by_id", "links", "flow_refs", "flows", "held", "slab", "free_slots", "free_flows",
-    "exempt", "counters", "holding", "scratch", "gauges", "tc_stages", "xdp_stages", "last_events", "events",
-)  # fmt: skip
-NIC_CLSACT_VIF, NIC_CLSACT_FWD = 1, 2  # bpf/types.h
+# STAGE_* of bpf/maps.h
+TC_STAGES = ("drain", "split", "p4_prove", "s1_deliver", "pass_whole", "hold", "split_udp")
+XDP_STAGES = ("p3_arrive", "s1_arrive")
+HASH_TABLES, HASH_PAD = (4096, 16384), 16  # STREAM_WORDS, DGRAM_WORDS, HASH_PAD of bpf/constants.h
 
 
-def _defines(sizes: Sizes, pin_dir: Path) -> list[str]:
+def defines(sizes: Sizes, pin_dir: Path) -> list[str]:
+    """The compiler's flags for `sizes`. Raises ConfigError for one that the programs can't have."""
     for what, n, top in (("slots", sizes.slots, 65536), ("flows", sizes.flows, 1 << 20)):
         if n < 2 or n > top or n & (n - 1):
             raise ConfigError(f"{what} = {n}: must be a power of two between 2 and {top}")
     if not 576 <= sizes.mtu <= 9000:
         raise ConfigError(f"mtu = {sizes.mtu}: must be between 576 and 9000")
-    flags = [f'-DPIN_DIR="{pin_dir}"', f"-DMAX_SLOTS={sizes.slots}u", f"-DHELD_BYTES={sizes.slots * 64}", f"-DMAX_FLOWS={sizes.flows}u"]
+    flags = [
+        f'-DPIN_DIR="{pin_dir}"',
+        f"-DMAX_SLOTS={sizes.slots}u",
+        f"-DHELD_BYTES={sizes.slots * 64}",
+        f"-DMAX_FLOWS={sizes.flows}u",
+    ]
     if sizes.jumbo:  # a longer hash leaves the verifier less for the rest
         flags += ["-DSLOT_SHIFT=14", "-DHASH_ROUNDS=142", "-DDRAIN_STEPS=4", "-DGSO_BATCH=1"]
     return flags
 
 
-def _compile(pin_dir: Path, sizes: Sizes, headers: Headers) -> Any:
+def check_spec(spec: NicSpec) -> bytes:
+    """The guest's MAC as bytes, zeros for any. Raises ConfigError for what a NIC can't have."""
+    if not 0 <= spec.nic < MAX_NICS or not 0 <= spec.pair < MAX_PAIRS:
+        raise ConfigError(f"nic {spec.nic}, pair {spec.pair}: both must be between 0 and {MAX_NICS - 1}")
+    if not 0 <= spec.vlan <= MAX_VLAN:
+        raise ConfigError(f"vlan {spec.vlan} of {spec.vif}: must be between 0 (none) and {MAX_VLAN}")
+    try:
+        mac = bytes.fromhex(spec.mac.replace(":", "")) if spec.mac else bytes(6)
+    except ValueError:
+        mac = b""
+    if len(mac) != 6:
+        raise ConfigError(f"mac {spec.mac!r} of {spec.vif} is not a MAC address such as 02:c0:10:00:00:01")
+    return mac
+
+
+def _compile(flags: Iterable[str], headers: Headers) -> Any:
     headers.tell_bcc(os.environ)
     from bcc import BPF
 
-    flags = [*headers.cflags, *_defines(sizes, pin_dir), "-Wno-unused-function"]
     try:
-        return BPF(text=one_text().encode(), cflags=flags)
+        return BPF(text=one_text().encode(), cflags=[*headers.cflags, *flags, "-Wno-unused-function"])
     except Exception as e:  # bcc raises bare Exception
         raise BpfError(f"the programs do not compile ({e}); see the compiler's words above") from e
+
+
+def _programs(module: Any) -> dict[str, int]:
+    from bcc import BPF
+
+    fds = {}
+    for names, kind in ((TC_PROGRAMS, BPF.SCHED_CLS), (XDP_PROGRAMS, BPF.XDP)):
+        for name in names:
+            try:
+                fds[name] = module.load_func(name.encode(), kind).fd
+            except Exception as e:  # bcc raises bare Exception
+                raise BpfError(f"the kernel refuses program {name}: {e}") from e
+    return fds
+
+
+def _descriptions(module: Any) -> dict[str, list[Any]]:
+    from bcc import lib
+
+    said = {}
+    for name in MAPS:
+        key = lib.bpf_table_key_desc(module.module, name.encode())
+        leaf = lib.bpf_table_leaf_desc(module.module, name.encode())
+        said[name] = [json.loads(text) if text else None for text in (key, leaf)]
+    return said
 
 
 class Dataplane:
@@ -65,143 +106,144 @@ class Dataplane:
         self._module, self._programs = module, programs
 
     @classmethod
-    def load(cls, pin_dir: Path, sizes: Sizes | None = None, check: Callable[[], Headers] | None = None) -> "Dataplane":
-        """Compiles (some 3 s), loads and pins. Maps that are pinned there already are kept, programs replaced. Raises ColoError's children."""
+    def load(cls, pin_dir: Path, sizes: Sizes | None = None, check: Callable[[], Headers] | None = None) -> Dataplane:
+        """Compiles (some 3 s), loads and pins; what is pinned already: maps are kept, programs replaced.
+
+        Raises a child of ColoError; a first load that fails leaves no pins.
+        """
         sizes = sizes or Sizes()
         headers = (check or Preflight().check)()
-        pin_dir.mkdir(parents=True, exist_ok=True)
-        _check_sizes(pin_dir, sizes)
-        from_before = (pin_dir / "settings").exists()
-        module = _compile(pin_dir, sizes, headers)
-        programs = {}
-        from bcc import BPF
-
-        for names, kind in ((TC_PROGRAMS, BPF.SCHED_CLS), (XDP_PROGRAMS, BPF.XDP)):
-            for name in names:
-                try:
-                    programs[name] = module.load_func(name.encode(), kind).fd
-                except Exception as e:
-                    if not from_before:
-                        shutil.rmtree(pin_dir, ignore_errors=True)
-                    raise BpfError(f"the kernel refuses program {name}: {e}") from e
-        plane = cls(pin_dir, module, programs, sizes)
-        plane._fill(from_before)
-        for stages, table in ((TC_STAGES, "tc_stages"), (XDP_STAGES, "xdp_stages")):
-            for number, name in stages.items():
-                bpfsys.update(plane._fd(table), ct.c_uint32(number), ct.c_uint32(programs[name]))
-        for name, fd in programs.items():
-            bpfsys.obj_pin(fd, pin_dir / name)
-        netdev.raise_backlog(2 * sizes.slots)
+        flags = defines(sizes, pin_dir)
+        with ExitStack() as undo:
+            kept = _kept(pin_dir, sizes) if pins.any_there(pin_dir) else None
+            if kept is None:
+                undo.callback(remove_pins, pin_dir)
+                pin_dir.mkdir(parents=True, exist_ok=True)
+            module = _compile(flags, headers)
+            said = _descriptions(module)
+            if kept is None:
+                shapes.save(pin_dir, said)
+            elif said != kept.said:
+                raise ConfigError(f"{pin_dir} has maps of another version of coloebpf: detach, then load again")
+            plane = cls(pin_dir, module, _programs(module), sizes)
+            if kept is None:
+                plane._fill()
+            plane._publish()
+            undo.pop_all()
+        tuning.raise_backlog(2 * sizes.slots)
         return plane
 
     def _fd(self, table: str) -> int:
         return int(self._module[table.encode()].map_fd)
 
-    def _fill(self, from_before: bool) -> None:
-        """What a fresh set of maps needs once: secrets, free lists, sizes."""
-        from bcc import lib
-
-        said = {}
-        for name in MAPS:
-            descs = (lib.bpf_table_key_desc(self._module.module, name.encode()), lib.bpf_table_leaf_desc(self._module.module, name.encode()))
-            said[name] = [json.loads(d) if d else None for d in descs]
-        shapes.save(self.pin_dir, said)
-        if from_before:
-            return
+    def _fill(self) -> None:
+        """What a fresh set of maps needs once: secrets, free lists, sizes. The settings come last: they say "done"."""
         size = ct.sizeof(self._module[b"hash_keys"].Leaf)
-        keys = bytearray(os.urandom(size))
-        # word[n + HASH_WORDS] must be word[n] again: tables of 4,096 and 16,384 keys, each with 16 behind (bpf/constants.h)
-        keys[4096 * 8 : 4112 * 8] = keys[:128]
-        second = 4112 * 8
-        keys[second + 16384 * 8 : second + 16400 * 8] = keys[second : second + 128]
+        keys, start = bytearray(os.urandom(size)), 0
+        for words in HASH_TABLES:  # the first keys of each table again behind its last
+            end = start + words * 8
+            keys[end : end + HASH_PAD * 8] = keys[start : start + HASH_PAD * 8]
+            start = end + HASH_PAD * 8
         bpfsys.update(self._fd("hash_keys"), ct.c_uint32(0), (ct.c_char * size).from_buffer(keys))
         for table, count in (("free_slots", self.sizes.slots), ("free_flows", self.sizes.flows)):
             for number in reversed(range(count)):  # a stack: the lowest come first
                 bpfsys.update(self._fd(table), None, ct.c_uint32(number))
         settings = self._module[b"settings"].Leaf()
-        settings.mark = (secrets.randbelow(0xFFF) + 1) << 20
-        settings.slots, settings.flows, settings.slot_bytes = self.sizes.slots, self.sizes.flows, 16384 if self.sizes.jumbo else 2048
+        settings.mark = (secrets.randbelow(MARK_MAX) + 1) << MARK_SHIFT
+        settings.slots, settings.flows, settings.slot_bytes = _figures(self.sizes)
         settings.compare_timeout_ns = COMPARE_TIMEOUT_NS
         bpfsys.update(self._fd("settings"), ct.c_uint32(0), settings)
+
+    def _publish(self) -> None:
+        """Tail calls find the programs, and so do others by their pins."""
+        for stages, table in ((TC_STAGES, "tc_stages"), (XDP_STAGES, "xdp_stages")):
+            for number, name in enumerate(stages):
+                bpfsys.update(self._fd(table), ct.c_uint32(number), ct.c_uint32(self._programs[name]))
+        for name, fd in self._programs.items():
+            bpfsys.obj_pin(fd, self.pin_dir / name)
 
     def prog_fd(self, name: str) -> int:
         """File descriptor of a loaded program."""
         return self._programs[name]
 
     def attach(self, spec: NicSpec, xdp_mode: str = "auto", rps: bool = True) -> None:
-        """Hangs the programs on the NIC's devices, in the caller's network namespace. Again over a running one: replaces them without a gap."""
-        if not 0 <= spec.nic < MAX_NICS or not 0 <= spec.pair < MAX_PAIRS:
-            raise ConfigError(f"nic {spec.nic}, pair {spec.pair}: both must be below {MAX_NICS}")
-        with netdev.Devices() as devices:
+        """Hangs the programs on the NIC's devices, in the caller's network namespace.
+
+        Again over a running one: replaces them without a gap, and keeps the NIC's exemptions. When it fails, what this
+        call has added to hooks and maps is taken away again; the offloads of `fwd` stay off.
+        """
+        mac = check_spec(spec)
+        with netdev.Devices() as devices, ExitStack() as undo:
             vif, fwd = devices.find(spec.vif), devices.find(spec.fwd)
             devices.check_forward(fwd, vif, self.sizes.mtu)
+            primary = spec.role == Role.PRIMARY
             hooks = (
-                (vif, "egress", "p1_mirror" if spec.role == Role.PRIMARY else "s3_isolate"),
-                (vif, "ingress", "p2_output" if spec.role == Role.PRIMARY else "s2_output"),
+                (vif, "egress", "p1_mirror" if primary else "s3_isolate"),
+                (vif, "ingress", "p2_output" if primary else "s2_output"),
                 (fwd, "ingress", "link_deliver"),
             )
-            for device, side, _ in hooks:
-                devices.check_free(device, side)
-            devices.check_xdp_free(fwd, "link_arrive")
-            netdev.offloads_off(spec.fwd)
-            flags = self._flags_before(vif.index)
-            flags |= NIC_CLSACT_VIF if devices.ensure_clsact(vif) else 0
-            flags |= NIC_CLSACT_FWD if devices.ensure_clsact(fwd) else 0
-            self._register(spec, vif.index, fwd.index, flags)
-            for device, side, program in hooks:
+            ours = [devices.check_free(device, side) for device, side, _ in hooks]
+            xdp_ours = devices.check_xdp_free(fwd)
+            tuning.offloads_off(spec.fwd)
+            made = 0
+            for device, flag in ((vif, NIC_CLSACT_VIF), (fwd, NIC_CLSACT_FWD)):
+                if devices.ensure_clsact(device):
+                    undo.callback(devices.remove_clsact, device.index)
+                    made |= flag
+            self._register(undo, spec, mac, vif.index, fwd.index, made)
+            for (device, side, program), there in zip(hooks, ours, strict=True):
+                if not there:
+                    undo.callback(devices.remove_tc, device.index, side)
                 devices.attach_tc(device, side, program, self._programs[program])
-            netdev.attach_xdp(spec.fwd, self._programs["link_arrive"], xdp_mode)
+            if not xdp_ours:
+                undo.callback(devices.remove_xdp, fwd.index)
+            devices.attach_xdp(fwd, self._programs[netdev.XDP_PROGRAM], xdp_mode)
             if rps:
-                netdev.spread_receive(spec.vif)
+                tuning.spread_receive(spec.vif)
+            undo.pop_all()
 
-    def _flags_before(self, vif: int) -> int:
+    def _register(self, undo: ExitStack, spec: NicSpec, mac: bytes, vif: int, fwd: int, made: int) -> None:
+        before = self._module[b"nics"].Leaf()
+        bpfsys.lookup(self._fd("nic_by_id"), ct.c_uint32(spec.nic), before)
+        exempts = before.exempts  # the exemption map is by NIC, whatever device it had
+        flags = before.flags if bpfsys.lookup(self._fd("nics"), ct.c_uint32(vif), before) else 0
         nic = self._module[b"nics"].Leaf()
-        return int(nic.flags) if bpfsys.lookup(self._fd("nics"), ct.c_uint32(vif), nic) else 0
-
-    def _register(self, spec: NicSpec, vif: int, fwd: int, flags: int) -> None:
-        nic = self._module[b"nics"].Leaf()
-        nic.id, nic.pair, nic.role, nic.vif, nic.fwd, nic.vlan, nic.flags = spec.nic, spec.pair, int(spec.role), vif, fwd, spec.vlan, flags
+        nic.id, nic.pair, nic.role = spec.nic, spec.pair, int(spec.role)
+        nic.vif, nic.fwd, nic.vlan, nic.mac[:] = vif, fwd, spec.vlan, mac
         nic.arp, nic.nd, nic.other = int(spec.arp), int(spec.nd), int(spec.other)
-        if spec.mac:
-            try:
-                nic.mac[:] = bytes.fromhex(spec.mac.replace(":", ""))
-            except ValueError as e:
-                raise ConfigError(f"mac {spec.mac!r} of {spec.vif} is not a MAC address such as 02:c0:10:00:00:01") from e
-        bpfsys.update(self._fd("nic_by_id"), ct.c_uint32(spec.nic), nic)
-        key = self._module[b"links"].Key()
-        key.fwd, key.vlan = fwd, spec.vlan
-        bpfsys.update(self._fd("links"), key, ct.c_uint32(spec.nic))
-        bpfsys.update(self._fd("nics"), ct.c_uint32(vif), nic)
+        nic.exempts, nic.flags = exempts, flags | made
+        link = self._module[b"links"].Key()
+        link.fwd, link.vlan = fwd, spec.vlan
+        self._put(undo, "nic_by_id", ct.c_uint32(spec.nic), nic)
+        self._put(undo, "links", link, ct.c_uint32(spec.nic))
+        self._put(undo, "nics", ct.c_uint32(vif), nic)
+
+    def _put(self, undo: ExitStack, table: str, key: Any, value: Any) -> None:
+        """Writes an entry; `undo` will bring back what was there."""
+        before = type(value)()
+        if bpfsys.lookup(self._fd(table), key, before):
+            undo.callback(bpfsys.update, self._fd(table), key, before)
+        else:
+            undo.callback(bpfsys.delete, self._fd(table), key)
+        bpfsys.update(self._fd(table), key, value)
 
 
-def _check_sizes(pin_dir: Path, sizes: Sizes) -> None:
-    """Pinned maps have the sizes they were made with; programs for others must not run on them."""
-    if not (pin_dir / "settings").exists():
-        return
-    kinds = shapes.Shapes(pin_dir)
+def _figures(sizes: Sizes) -> tuple[int, int, int]:
+    """Slots, flows, and bytes of a slot, as the maps were or are to be made."""
+    return sizes.slots, sizes.flows, 16384 if sizes.jumbo else 2048
+
+
+def _kept(pin_dir: Path, sizes: Sizes) -> shapes.Shapes:
+    """The shapes of the maps that are pinned. Raises BpfError if some are missing, ConfigError for other sizes."""
+    kinds = pins.complete(pin_dir, MAPS)
     settings = kinds.leaf("settings")()
-    fd = bpfsys.obj_get(pin_dir / "settings")
-    try:
+    with bpfsys.opened(pin_dir / "settings") as fd:
         bpfsys.lookup(fd, ct.c_uint32(0), settings)
-    finally:
-        os.close(fd)
     have = (settings.slots, settings.flows, settings.slot_bytes)
-    want = (sizes.slots, sizes.flows, 16384 if sizes.jumbo else 2048)
-    if have != want:
-        raise ConfigError(f"{pin_dir}: attached with (slots, flows, slot bytes) {have}, asked for {want}; detach first")
-
-
-def detach(pin_dir: Path) -> None:
-    """Takes everything down in the caller's network namespace: filters, XDP, clsact that attach() made, pins. Repeatable."""
-    if (pin_dir / "nics").exists():
-        kinds = shapes.Shapes(pin_dir)
-        fd = bpfsys.obj_get(pin_dir / "nics")
-        with netdev.Devices() as devices:
-            for key in bpfsys.keys(fd, ct.c_uint32):
-                nic = kinds.leaf("nics")()
-                if bpfsys.lookup(fd, key, nic):
-                    devices.detach(nic.vif, bool(nic.flags & NIC_CLSACT_VIF), xdp=False)
-                    devices.detach(nic.fwd, bool(nic.flags & NIC_CLSACT_FWD), xdp=True)
-        os.close(fd)
-    shutil.rmtree(pin_dir, ignore_errors=True)
-    shapes.forget(pin_dir)
+    if not settings.slots:
+        raise BpfError(f"{pin_dir}: a load was interrupted before its maps were filled; detach, then load again")
+    if have != _figures(sizes):
+        raise ConfigError(
+            f"{pin_dir}: loaded with (slots, flows, slot bytes) {have}, asked for {_figures(sizes)}; detach first"
+        )
+    return kinds

@@ -1,4 +1,4 @@
-"""What can go wrong, as sentences: one root, narrow children. The message is for an operator: what, where, what to do."""
+"""What can go wrong, as sentences: one root, narrow children. A message tells an operator what, where, what to do."""
 
 
 class ColoError(Exception):

@@ -51,7 +51,8 @@ class EventReader:
         from bcc import lib
         from bcc.libbcc import _RINGBUF_CB_TYPE
 
-        self._lib, self._found = lib, []  # type: ignore[var-annotated]
+        self._lib = lib
+        self._found: list[dict[str, Any]] = []
 
         def take(_ctx: Any, data: int, _size: int) -> int:
             self._found.append(event_of(ct.cast(data, ct.POINTER(leaf)).contents))
@@ -69,3 +70,7 @@ class EventReader:
             self._lib.bpf_poll_ringbuf(self._ring, int(timeout_s * 1000))
         self._lib.bpf_consume_ringbuf(self._ring)
         return self._found
+
+    def close(self) -> None:
+        """Gives back the ring's memory and descriptor; read() must not be called again."""
+        self._lib.bpf_free_ringbuf(self._ring)

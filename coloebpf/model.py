@@ -1,11 +1,14 @@
-"""Names that the programs' numbers have: states, roles, policies, reasons. The order is the C enums' (bpf/types.h); a test compares them."""
+"""Names that the programs' numbers have: states, roles, policies, reasons.
+
+The order is the C enums' (bpf/types.h); tests/unit/test_model.py compares them.
+"""
 
 from dataclasses import dataclass
 from enum import IntEnum
 
 
 class State(IntEnum):
-    """State of a pair (docs/design.md, section 7)."""
+    """State of a pair (docs/design.md, section 8)."""
 
     UNPROTECTED = 0
     SYNCING = 1
@@ -52,8 +55,9 @@ DROPS = (
     "bad_gso",
 )
 EVENTS = {1: "divergence", 2: "high_water", 3: "timeout", 4: "kick"}
-MAX_NICS = 64
+MAX_NICS = 64  # likewise of bpf/constants.h
 MAX_PAIRS = 64
+NIC_CLSACT_VIF, NIC_CLSACT_FWD = 1, 2  # flags of struct nic: attach() made these qdiscs
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class NicSpec:
-    """One guest NIC on this host: its numbers, its devices, the VLAN id on `fwd` (0: fwd is its own), the guest's MAC ("": any)."""
+    """One guest NIC on this host: its numbers, its devices, its policies.
+
+    `vlan`: its id on `fwd`, 0 if fwd is this NIC's own. `mac`: the guest's, "" for any.
+    """
 
     nic: int
     pair: int

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes as ct
+import socket
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,20 +41,24 @@ def counters(control: Control, nic: int) -> Any:
     return _per_cpu_sum(control, "counters", nic)
 
 
-def holding(control: Control, nic: int) -> dict[str, int]:
-    """Holding times in ns: the upper edge of the bucket (a power of two) that a percentile falls into."""
-    buckets = list(_per_cpu_sum(control, "holding", nic).bucket)
+def percentiles(buckets: Sequence[int]) -> dict[str, int]:
+    """Holding times in ns: the upper edge of the bucket (a power of two) that a percentile falls into; 0 for none."""
     count = sum(buckets)
     times = {"count": count}
-    for name, share in (("p50", 0.50), ("p90", 0.90), ("p99", 0.99)):
-        seen, edge = 0, 0
-        for i, n in enumerate(buckets):
-            seen += n
-            if count and seen >= share * count:
-                edge = 1 << (i + 1)
-                break
-        times[name] = edge
+    for name, percent in (("p50", 50), ("p90", 90), ("p99", 99)):
+        reached = (100 * seen >= percent * count for seen in accumulate(buckets))
+        times[name] = next(1 << (i + 1) for i, enough in enumerate(reached) if enough) if count else 0
     return times
+
+
+def attached(control: Control) -> list[Any]:
+    """struct nic of each NIC that attach() was called for, by their numbers."""
+    found = []
+    for vif in bpfsys.keys(control.fd("nics"), ct.c_uint32):
+        nic = control.shapes.leaf("nics")()
+        if bpfsys.lookup(control.fd("nics"), vif, nic):
+            found.append(nic)
+    return sorted(found, key=lambda nic: int(nic.id))
 
 
 def _nic(control: Control, nic: Any) -> dict[str, Any]:
@@ -69,13 +76,11 @@ def _nic(control: Control, nic: Any) -> dict[str, Any]:
         "parked": c.svm_parked - c.svm_unparked,
         "divergences": {name: c.divergences[i] for i, name in enumerate(REASONS)},
         "dropped": {name: c.dropped[i] for i, name in enumerate(DROPS)},
-        "holding_ns": holding(control, nic.id),
+        "holding_ns": percentiles(_per_cpu_sum(control, "holding", nic.id).bucket),
     }
 
 
 def _name(index: int) -> str:
-    import socket
-
     try:
         return socket.if_indextoname(index)
     except OSError:
@@ -84,12 +89,7 @@ def _name(index: int) -> str:
 
 def take(control: Control) -> dict[str, Any]:
     """Everything that `status --json` shows of one host."""
-    nics = []
-    for key in bpfsys.keys(control.fd("nics"), ct.c_uint32):  # type: ignore[arg-type]
-        value = control.shapes.leaf("nics")()
-        if bpfsys.lookup(control.fd("nics"), key, value):
-            nics.append(_nic(control, value))
-    nics.sort(key=lambda n: n["nic"])
+    nics = [_nic(control, nic) for nic in attached(control)]
     settings = control.shapes.leaf("settings")()
     bpfsys.lookup(control.fd("settings"), ct.c_uint32(0), settings)
     used = []

@@ -1,4 +1,4 @@
-"""The C source as one text: bcc rewrites map calls only in the file it is given, so our own includes are put in place here."""
+"""The C source as one text: bcc rewrites map calls only in the file it is given, so our includes are resolved here."""
 
 import re
 from pathlib import Path

@@ -18,7 +18,10 @@ ROLES = {"primary": Role.PRIMARY, "secondary": Role.SECONDARY}
 
 
 def bring_up(plan: LabPlan, sizes: Sizes | None = None) -> None:
-    """Load and attach on both hosts, then put the pair in lock-step. `sizes`: others than the defaults for the lab's MTU."""
+    """Load and attach on both hosts, then put the pair in lock-step.
+
+    `sizes`: others than the defaults for the lab's MTU.
+    """
     # A process for each host: compiling takes seconds, and a real host has a loader of its own. Spawned, not forked, so
     # that nothing of this process (sockets, signal handlers) is shared.
     with ProcessPoolExecutor(max_workers=len(HOSTS), mp_context=get_context("spawn")) as pool:
@@ -26,8 +29,8 @@ def bring_up(plan: LabPlan, sizes: Sizes | None = None) -> None:
             done.result()
     # The secondary first: from the primary's change on, every packet waits for the SVM's.
     for host in reversed(HOSTS):
-        with inside(plan.namespace(host)):
-            Control.open(plan.pin_dir(host)).set_state(PAIR, State.LOCKSTEP)
+        with inside(plan.namespace(host)), Control.open(plan.pin_dir(host)) as control:
+            control.set_state(PAIR, State.LOCKSTEP)
 
 
 def attach(plan: LabPlan, host: str, sizes: Sizes | None = None) -> None:
@@ -43,15 +46,14 @@ def attach(plan: LabPlan, host: str, sizes: Sizes | None = None) -> None:
 def checkpoint(plan: LabPlan) -> dict[str, int]:
     """A checkpoint by an engine that commits at once; returns the new epoch and how many packets were flushed."""
     # An engine without a `suspended` of its own needs the careful order (docs/design.md, section 5).
-    with inside(plan.namespace("secondary")):
-        Control.open(plan.pin_dir("secondary")).clear_translations(PAIR)
-    with inside(plan.namespace("primary")):
-        control = Control.open(plan.pin_dir("primary"))
+    with inside(plan.namespace("secondary")), Control.open(plan.pin_dir("secondary")) as control:
+        control.clear_translations(PAIR)
+    with inside(plan.namespace("primary")), Control.open(plan.pin_dir("primary")) as control:
         epoch = control.suspend(PAIR)
         return {"epoch": epoch, "flushed": control.commit(PAIR)}
 
 
 def snapshot(plan: LabPlan, host: str) -> dict[str, Any]:
     """Counters and states of one host."""
-    with inside(plan.namespace(host)):
-        return Control.open(plan.pin_dir(host)).snapshot()
+    with inside(plan.namespace(host)), Control.open(plan.pin_dir(host)) as control:
+        return control.snapshot()

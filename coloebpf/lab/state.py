@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from coloebpf import shapes
 from coloebpf.errors import LabError
 from coloebpf.lab.plan import GUESTS, HOSTS, NODES, LabPlan
 from coloebpf.lab.topology import NETNS_DIR, describe_devices
@@ -39,6 +40,8 @@ def release(plan: LabPlan) -> None:
     """Remove the lab's files and pins, and the directories above them that this leaves empty."""
     for path in (plan.run_dir, plan.pin_base):
         shutil.rmtree(path, ignore_errors=True)
+    for host in HOSTS:
+        shapes.forget(plan.pin_dir(host))
     for root in (plan.run_root, plan.pin_root):
         for directory in (root, root.parent):
             with suppress(OSError):  # another lab's or the service's

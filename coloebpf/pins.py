@@ -1,0 +1,35 @@
+"""What a dataplane leaves under its pin directory: the names, and whether all of it is there."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from coloebpf.errors import BpfError
+from coloebpf.shapes import RUN_DIR, Shapes
+
+TC_PROGRAMS = (
+    "p1_mirror", "p2_output", "hold", "split", "split_udp", "pass_whole", "p4_prove", "drain",
+    "s1_deliver", "s2_output", "s3_isolate", "link_deliver", "flush", "sweep",
+)  # fmt: skip
+XDP_PROGRAMS = ("link_arrive", "p3_arrive", "s1_arrive")
+MAPS = (
+    "settings", "hash_keys", "pairs", "nics", "nic_by_id", "links", "flow_refs", "flows", "held", "slab",
+    "free_slots", "free_flows", "exempt", "counters", "holding", "scratch", "gauges", "tc_stages", "xdp_stages",
+    "last_events", "events",
+)  # fmt: skip
+UPKEEP = ("flush", "sweep")  # programs that user space runs
+
+
+def any_there(pin_dir: Path) -> bool:
+    """Something is pinned, whole or not."""
+    return pin_dir.is_dir() and any(pin_dir.iterdir())
+
+
+def complete(pin_dir: Path, names: Iterable[str], run: Path = RUN_DIR) -> Shapes:
+    """The shapes of what is pinned. Raises BpfError if they or any of `names` are missing."""
+    missing = [name for name in names if not (pin_dir / name).exists()]
+    if missing:
+        raise BpfError(
+            f"{pin_dir} is incomplete, {', '.join(missing)} missing: a load was interrupted or pins were removed; "
+            "detach, then load again"
+        )
+    return Shapes(pin_dir, run)
