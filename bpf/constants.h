@@ -56,7 +56,8 @@
 #define TAG_AD 0x8000u      /* in flow_key.vlan: it is an 802.1ad tag */
 #define MAX_EXT 6           /* IPv6 extension headers that are followed; RFC 8200 orders at most 6 different ones */
 #define MAX_OPTIONS 16 /* TCP options, NOPs counted, that are walked: 40 bytes hold more only if most are NOPs */
-#define STAMPS_ONLY 12 /* bytes of options of a segment that carries just the timestamps, as nearly all do */
+#define STAMPS 0x0101080au /* NOP NOP timestamps: all the options that nearly every segment carries */
+#define STAMPS_LEN 12
 #define TCP_FIN 0x01u
 #define TCP_SYN 0x02u
 #define TCP_RST 0x04u

@@ -57,7 +57,8 @@ static __always_inline bool describe(struct held *h, struct scratch *notes, cons
 	h->sack = 0;
 	if (p->key.kind == KIND_TCP) {
 		u8 flags = p->tcp_flags;
-		if ((flags & TCP_SYN) || p->options > STAMPS_ONLY)
+		u32 *first = known_at(v, p->l4 + 20, 4);
+		if ((flags & TCP_SYN) || p->options > STAMPS_LEN || (p->options && first && *first != bpf_htonl(STAMPS)))
 			walk_options(h, v, p);
 		u64 options = h->digest;
 		h->digest = 0;

@@ -81,7 +81,7 @@ static __always_inline void note_timestamps(struct flow *f, const struct slot *s
 	u32 o = h->l4 + 20;
 	bool there = h->payload >= o + 12 && o <= SLOT_BYTES - 64;
 	BOUND(o, SLOT_BYTES - 1);
-	if (there && *(u32 *)(slot->byte + o) == bpf_htonl(0x0101080a)) { /* NOP NOP timestamps: the usual layout */
+	if (there && *(u32 *)(slot->byte + o) == bpf_htonl(STAMPS)) {
 		f->ts_val = be32_at(slot->byte + o + 4);
 		f->ts_ecr = be32_at(slot->byte + o + 8);
 		f->ts_known = 1;
@@ -212,7 +212,7 @@ static __always_inline u32 build_ack(struct slot *slot, struct held *h, const st
 	*(u32 *)(tcp + 16) = 0;
 	u64 sum = pseudo_sum(key, head);
 	if (ts_known) {
-		*(u32 *)(tcp + 20) = bpf_htonl(0x0101080a); /* NOP NOP timestamps */
+		*(u32 *)(tcp + 20) = bpf_htonl(STAMPS);
 		*(u32 *)(tcp + 24) = bpf_htonl(ts_val);
 		*(u32 *)(tcp + 28) = bpf_htonl(ts_ecr);
 		sum += (u64)*(u32 *)(tcp + 20) + *(u32 *)(tcp + 24) + *(u32 *)(tcp + 28);
