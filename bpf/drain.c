@@ -94,6 +94,10 @@ int drain(struct __sk_buff *skb)
 			account_release(f, h, &ack, &win);
 			if (h->sack)
 				__builtin_memcpy(notes->sack, f->s_sack, sizeof(notes->sack));
+			if (at.state == PASSTHROUGH) { /* nobody else's numbers count any more */
+				ack = h->ack;
+				win = h->win;
+			}
 			p_unlink_head(f, t);
 			out = head;
 			verdict = 1;
