@@ -152,7 +152,7 @@ static __always_inline u64 idle_limit(const struct flow *f)
 		return IDLE_OTHER;
 	if (f->flags & (FLOW_RST | FLOW_FIN | FLOW_CLIENT_FIN))
 		return IDLE_CLOSED;
-	return f->flags & FLOW_OPEN ? IDLE_TCP : IDLE_HALF_OPEN;
+	return f->flags & (FLOW_OPEN | FLOW_DELTA) ? IDLE_TCP : IDLE_HALF_OPEN;
 }
 
 /* forget() of bpf/frame.h for 16 bits of what runs under the lock: kernel 6.1's verifier tells apart what later ones don't. */
