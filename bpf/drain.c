@@ -164,7 +164,7 @@ int drain(struct __sk_buff *skb)
 				lower(slot, h, ack, win);
 				at.count->lowered++;
 			}
-			if (h->sack && blank_sack(slot, h, notes, &f->key, f->s_ack))
+			if (h->sack && at.state != PASSTHROUGH && blank_sack(slot, h, notes, &f->key, f->s_ack))
 				at.count->lowered++;
 			if (f->key.kind == KIND_TCP)
 				note_timestamps(f, slot, h);
