@@ -173,7 +173,7 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 	if (h->type == HELD_ACK && alone && acked && seq_le(h->ack, f->s_ack))
 		return TAKE_PASS;
 	if (repeats(f, h)) {
-		if (single && acked && may_pass(f, now))
+		if (single && !h->sack && acked && may_pass(f, now))
 			return TAKE_PASS;
 		h->flags |= HELD_PROVEN;
 	}

@@ -327,3 +327,46 @@ def test_no_ack_is_above_the_svms_and_none_is_forgotten(
         told_most = max(told_most, (Heard.of(got).ack - base) & M32)
     assert told_most == at["pvm"][1] - base
     assert wire.nic()["held"] == 0
+
+
+# ---- SACK --------------------------------------------------------------------------------------------------------------
+
+
+def sack(*edges: int) -> list[Any]:
+    return [("NOP", None), ("NOP", None), ("SAck", edges)]
+
+
+@pytest.mark.parametrize("data", [b"", b"data"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_sack_block_that_the_svm_has_not_is_blanked(wire: Wire, talk: Talk, data: bytes, again: bool) -> None:
+    """The client takes it for received and would not send it again: promise 2, also for what was proven before."""
+    open_stream(wire, talk)
+    if again and data:
+        wire.pvm(talk.tcp(2, data))
+        wire.svm(talk.tcp(2, data))
+        assert len(wire.released(1)) == 1
+    wire.pvm(talk.tcp(2, data, options=sack(2000, 3000)))
+    wire.svm(talk.tcp(2, data))
+    got = wire.released(1)
+    assert told(got) == [(1000, 500)]
+    heard = Heard.of(got[0])
+    assert (heard.seq, heard.data, heard.sack) == (2, data, [])
+
+
+@pytest.mark.parametrize("svm", [(2000, 3000), (1500, 3500), (7000, 8000, 2000, 3000)])
+def test_a_sack_block_that_both_have_goes_out(wire: Wire, talk: Talk, svm: tuple[int, ...]) -> None:
+    open_stream(wire, talk)
+    wire.svm(talk.tcp(2, options=sack(*svm)))
+    frame = talk.tcp(2, options=sack(2000, 3000))
+    wire.pvm(frame)
+    got = wire.released(1)
+    same_frames(got, [frame])
+    assert Heard.of(got[0]).sack == [2000, 3000]
+
+
+def test_a_sack_block_below_the_svms_ack_goes_out(wire: Wire, talk: Talk) -> None:
+    """It reports a duplicate (RFC 2883)."""
+    open_stream(wire, talk)
+    frame = talk.tcp(2, options=sack(900, 1000))
+    wire.pvm(frame)
+    same_frames(wire.released(1), [frame])

@@ -294,7 +294,9 @@ def test_any_order_of_the_svms_datagrams(wire: Wire, seed: int, count: int, frag
     def frames(body: bytes, number: int) -> list[bytes]:
         if not fragmented or len(body) < 1600:
             return [talk.udp(body[:1400], ip={"id": number})]
-        found = fragments(talk, big(talk, body), *sorted({luck.randrange(25, 170) * 8, luck.randrange(170, 190) * 8}), number=number)
+        found = fragments(
+            talk, big(talk, body), *sorted({luck.randrange(25, 170) * 8, luck.randrange(170, 190) * 8}), number=number
+        )
         luck.shuffle(found)
         return found
 
@@ -323,17 +325,27 @@ def test_any_order_of_the_svms_datagrams(wire: Wire, seed: int, count: int, frag
 
 def arp(wire: Wire) -> bytes:
     nic = wire.nics[0]
-    return bytes(Ether(src=nic.mac, dst="ff:ff:ff:ff:ff:ff") / ARP(hwsrc=nic.mac, psrc=nic.guest_v4, pdst=nic.client_v4))
+    return bytes(
+        Ether(src=nic.mac, dst="ff:ff:ff:ff:ff:ff") / ARP(hwsrc=nic.mac, psrc=nic.guest_v4, pdst=nic.client_v4)
+    )
 
 
 def solicit(wire: Wire) -> bytes:
     nic = wire.nics[0]
-    return bytes(Ether(src=nic.mac, dst="33:33:ff:00:00:01") / IPv6(src=nic.guest_v6, dst="ff02::1:ff00:1", hlim=255) / ICMPv6ND_NS(tgt=nic.client_v6))
+    return bytes(
+        Ether(src=nic.mac, dst="33:33:ff:00:00:01")
+        / IPv6(src=nic.guest_v6, dst="ff02::1:ff00:1", hlim=255)
+        / ICMPv6ND_NS(tgt=nic.client_v6)
+    )
 
 
 def advertise(wire: Wire) -> bytes:
     nic = wire.nics[0]
-    return bytes(Ether(src=nic.mac, dst=wire.client_mac) / IPv6(src=nic.guest_v6, dst=nic.client_v6, hlim=255) / ICMPv6ND_NA(tgt=nic.guest_v6))
+    return bytes(
+        Ether(src=nic.mac, dst=wire.client_mac)
+        / IPv6(src=nic.guest_v6, dst=nic.client_v6, hlim=255)
+        / ICMPv6ND_NA(tgt=nic.guest_v6)
+    )
 
 
 def loopback(wire: Wire) -> bytes:
@@ -410,7 +422,9 @@ def test_exemptions(wire: Wire, kind: str) -> None:
     (6, 0, "0.0.0.0/0", True), (6, 0, "10.77.0.1/32", True), (6, 0, "10.77.0.2/32", False), (6, 0, "10.0.0.0/8", True),
     (17, 0, "10.0.0.0/8", False), (6, 1, "10.0.0.0/8", False), (6, 0, "::/0", None),
 ])  # fmt: skip
-def test_an_exemption_is_no_wider_than_it_says(wire: Wire, proto: int, port: int, remote: str, hit: bool | None) -> None:
+def test_an_exemption_is_no_wider_than_it_says(
+    wire: Wire, proto: int, port: int, remote: str, hit: bool | None
+) -> None:
     if hit is None:
         pytest.skip("::/0 covers mapped IPv4 too or not: not specified")
     talk, control = Talk(wire), wire.control["primary"]

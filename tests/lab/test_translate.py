@@ -52,7 +52,9 @@ class Connection:
     def options(self, value: int, echo: int) -> list[Any]:
         return [] if self.stamps is None else [*SOFT, ("Timestamp", (value & M32, echo & M32))]
 
-    def guest(self, isn: int, clock: int, at: int, data: bytes = b"", flags: str = "A", got: int = 1, ticks: int = 0) -> bytes:
+    def guest(
+        self, isn: int, clock: int, at: int, data: bytes = b"", flags: str = "A", got: int = 1, ticks: int = 0
+    ) -> bytes:
         ack = 0 if "A" not in flags else self.client_isn + got
         return self.talk.tcp(isn + at, data, flags=flags, ack=ack, options=self.options(clock + ticks, 50 + got))
 
@@ -62,7 +64,9 @@ class Connection:
     def svm(self, at: int, data: bytes = b"", **fields: Any) -> bytes:
         return self.guest(self.svm_isn, self.stamps[1] if self.stamps else 0, at, data, **fields)
 
-    def client(self, at: int, data: bytes = b"", flags: str = "A", got: int = 1, ticks: int = 0, sack: Sequence[int] = ()) -> bytes:
+    def client(
+        self, at: int, data: bytes = b"", flags: str = "A", got: int = 1, ticks: int = 0, sack: Sequence[int] = ()
+    ) -> bytes:
         """The client has seen the PVM's numbers alone; `sack` are positions."""
         options = self.options(50 + at, (self.stamps[0] if self.stamps else 0) + ticks)
         if sack:
@@ -284,7 +288,15 @@ def test_simultaneous_connections_do_not_mix(wire: Wire, talk: Talk) -> None:
     luck, made = random.Random(1), []
     for i in range(12):
         one = Talk(wire, talk.family, talk.tags, client_port=41_000 + i % 3)
-        made.append(Connection(wire, one, luck.getrandbits(32), luck.getrandbits(32), stamps=(luck.getrandbits(32), luck.getrandbits(32))))
+        made.append(
+            Connection(
+                wire,
+                one,
+                luck.getrandbits(32),
+                luck.getrandbits(32),
+                stamps=(luck.getrandbits(32), luck.getrandbits(32)),
+            )
+        )
     for c in made:
         c.accept()
     luck.shuffle(made)
