@@ -45,7 +45,7 @@ def attach(plan: LabPlan, host: str, sizes: Sizes | None = None) -> None:
 
 def checkpoint(plan: LabPlan) -> dict[str, int]:
     """A checkpoint by an engine that commits at once; returns the new epoch and how many packets were flushed."""
-    # An engine without a `suspended` of its own needs the careful order (docs/design.md, section 5).
+    # An engine without a `suspended` of its own needs the careful order (docs/design.md, section 3).
     with inside(plan.namespace("secondary")), Control.open(plan.pin_dir("secondary")) as control:
         control.clear_translations(PAIR)
     with inside(plan.namespace("primary")), Control.open(plan.pin_dir("primary")) as control:
