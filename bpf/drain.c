@@ -60,15 +60,22 @@ int drain(struct __sk_buff *skb)
 			u32 s = f->s_head;
 			if (s != NONE && at.state == LOCKSTEP && record(t, s)->epoch != f->epoch) {
 				used = s; /* the old SVM's */
-				bpf_spin_lock(&f->lock);
-				s_unlink_head(f, t);
-				bpf_spin_unlock(&f->lock);
 			} else if (f->key.kind != KIND_TCP || at.state != LOCKSTEP || match_stream(f, t, notes, keys, &found, &used) == STEP_WAIT) {
 				matching = 0;
 			}
+			used = forget(notes, 0, used);
 			if (used != NONE) {
-				at.count->svm_unparked++;
-				give_slot(used);
+				u32 gone = 0;
+				bpf_spin_lock(&f->lock);
+				if (f->s_head == used) { /* else P4 has just put one before it: being used up, it goes when its turn comes again */
+					s_unlink_head(f, t);
+					gone = 1;
+				}
+				bpf_spin_unlock(&f->lock);
+				if (gone) {
+					at.count->svm_unparked++;
+					give_slot(used);
+				}
 			}
 			if (found.any) {
 				at.count->divergences[found.reason & 15]++;

@@ -60,6 +60,9 @@ static __always_inline void watch_slab(const struct place *at)
 	}
 }
 
+/* Only the spare slots are left. */
+static __always_inline bool slab_low(void) { return gauge(GAUGE_SLOTS_USED) > MAX_SLOTS - SLOTS_SPARE; }
+
 static __always_inline struct held *record(struct held_table *t, u32 index) { return &t->at[index & (MAX_SLOTS - 1)]; }
 
 /* PVM list, in the PVM's order. Under the lock. */

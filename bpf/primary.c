@@ -167,7 +167,7 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 {
 	struct held *h = record(t, index);
 	u32 take;
-	bool moved = false;
+	bool moved = false, low = slab_low();
 
 	bpf_spin_lock(&f->lock);
 	if (!same_flow(f, ref->generation)) {
@@ -200,7 +200,9 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 		bpf_spin_unlock(&f->lock);
 		return take;
 	}
-	if (at->state != LOCKSTEP || (f->epoch != at->epoch && kind == KIND_TCP)) { /* proves nothing now; keeps its place */
+	if (kind == KIND_TCP ? refuses(f, h, low) : low && !f->s_count) {
+		take = TAKE_FULL;
+	} else if (at->state != LOCKSTEP || (f->epoch != at->epoch && kind == KIND_TCP)) { /* proves nothing now; keeps its place */
 		take = f->p_count >= MAX_FIFO ? TAKE_FULL : TAKE_HOLD;
 		if (!(f->flags & FLOW_BASED) && !f->p_count && (h->type == HELD_DATA || h->type == HELD_ACK))
 			start_stream(f, h->from); /* as p_take_stream() does */
@@ -541,7 +543,10 @@ static __always_inline u32 s_take(struct flow *f, struct held_table *t, const st
 				  const struct scratch *notes, u32 *used)
 {
 	u32 take = TAKE_SWALLOW;
+	bool low = slab_low();
+
 	bpf_spin_lock(&f->lock);
+	low = forget_here(f, low);
 	if (same_flow(f, generation)) {
 		f->last_ns = now;
 		if (behind(f, at->epoch) && !f->owner && (s->type > HELD_ACK || (!f->p_count && !f->s_count)))
@@ -550,14 +555,16 @@ static __always_inline u32 s_take(struct flow *f, struct held_table *t, const st
 			take = TAKE_SWALLOW; /* a commit came while this one was on its way: it is the old SVM's */
 		} else if (s->type > HELD_ACK) {
 			take = s_take_datagram(f, t, s, used);
+			if (take == TAKE_STORE && low)
+				take = TAKE_FULL;
 			if (take == TAKE_SWALLOW)
 				take = drain_or(f, t, take); /* what was held before a commit may leave now */
 		} else if (f->epoch != at->epoch) {
-			take = TAKE_STORE; /* a commit is not through for this flow yet; the owner sorts it out */
+			take = low ? TAKE_FULL : TAKE_STORE; /* a commit is not through for this flow yet; the owner sorts it out */
 		} else {
 			if (s->flags & HELD_ACKS)
 				__builtin_memcpy(f->s_sack, notes->sack, sizeof(f->s_sack));
-			take = s_take_stream(f, t, s);
+			take = s_take_stream(f, t, s, low);
 		}
 	}
 	bpf_spin_unlock(&f->lock);

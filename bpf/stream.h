@@ -53,7 +53,7 @@ static __always_inline void note_syn(struct flow *f, const struct held *p, u32 s
 	f->svm_isn = svm_isn;
 	f->pvm_isn = p->from;
 	f->syn_digest = p->digest;
-	f->flags = (f->flags & ~(FLOW_FIN | FLOW_RST)) | FLOW_SVM_SYN;
+	f->flags = (f->flags & ~(FLOW_FIN | FLOW_RST | FLOW_REFUSED)) | FLOW_SVM_SYN;
 }
 
 /* Lowers ACK and window to what both VMs stand for (promise 2), and notes what the client has then been told. */
@@ -159,6 +159,32 @@ static __always_inline bool repeats(const struct flow *f, const struct held *h)
 	return h->type == HELD_SYN && (f->flags & FLOW_SVM_SYN) && h->from == f->pvm_isn && h->digest == f->syn_digest;
 }
 
+/* Is there no room for PVM record `h`? Once a piece of the stream was refused, so is all behind it until it comes again: if taken, that would wait for
+ * the piece, and at last leave it no room. `low`: the slab has few slots left, which are for what the SVM's output can prove at once. */
+static __always_inline bool refuses(struct flow *f, const struct held *h, bool low)
+{
+	u32 high = f->p_count ? f->p_high : f->proven;
+
+	if (h->type != HELD_DATA || !(f->flags & FLOW_BASED)) {
+		if (h->type == HELD_SYN)
+			f->flags &= ~FLOW_REFUSED;
+		return f->p_count >= MAX_FIFO || (low && h->type != HELD_RST);
+	}
+	if ((f->flags & FLOW_REFUSED) && seq_lt(f->p_refused, h->from))
+		return true;
+	bool twin = f->p_count && !(f->flags & FLOW_GAP) && seq_le(h->end, high) && seq_lt(f->proven, h->end); /* these bytes are held */
+	bool needed = seq_le(h->from, f->matched) && !twin;
+	bool full = f->p_count >= MAX_FIFO + (needed ? FIFO_SPARE : 0) || (low && !needed);
+	if (!full) {
+		if (seq_lt(f->p_refused, h->end))
+			f->flags &= ~FLOW_REFUSED;
+	} else if (!(f->flags & FLOW_REFUSED) && seq_lt(high, h->end)) {
+		f->flags |= FLOW_REFUSED;
+		f->p_refused = high;
+	}
+	return full;
+}
+
 /* A PVM packet, its record filled in. `single`: it may pass, or its program become the owner; a segment of a super-packet may not.
  * `*used`: a slot of the SVM's that it used up. */
 static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u32 index, struct held *h, u64 now, bool single, u32 *used)
@@ -166,8 +192,6 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 	bool alone = single && !h->sack && !f->p_count && !f->owner && may_pass(f, now);
 	bool acked = !(h->flags & HELD_ACKS) || (f->flags & FLOW_S_ACK);
 
-	if (f->p_count >= MAX_FIFO)
-		return TAKE_FULL;
 	if (!(f->flags & FLOW_BASED) && (h->type == HELD_DATA || h->type == HELD_ACK))
 		start_stream(f, h->from); /* what the PVM sent before was before its protection */
 	if (h->type == HELD_ACK && alone && acked && seq_le(h->ack, f->s_ack))
@@ -240,7 +264,7 @@ static __always_inline u32 drain_or(struct flow *f, struct held_table *t, u32 ot
 }
 
 /* An SVM packet, not stored yet. */
-static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, const struct held *s)
+static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, const struct held *s, bool low)
 {
 	note_svm_ack(f, s);
 	if (s->type == HELD_ACK || (f->flags & FLOW_DIVERGED))
@@ -264,7 +288,8 @@ static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, c
 			return TAKE_DRAIN;
 		}
 	}
-	return f->s_count >= MAX_FIFO ? TAKE_FULL : TAKE_STORE;
+	bool needed = s->type == HELD_DATA && (f->flags & FLOW_BASED) && seq_le(s->from, f->matched); /* what all the parked ones wait for */
+	return f->s_count >= MAX_FIFO + (needed ? FIFO_SPARE : 0) || (low && !needed) ? TAKE_FULL : TAKE_STORE;
 }
 
 enum step { STEP_MORE, STEP_WAIT };
@@ -284,7 +309,7 @@ static __always_inline u32 match_stream(struct flow *f, struct held_table *t, st
 	if (s_index != NONE && (s->epoch != f->epoch || (s->type == HELD_SYN && f->svm_isn == s->from && (f->flags & FLOW_SVM_SYN)) ||
 				(s->type == HELD_DATA && (f->flags & FLOW_BASED) && seq_le(s->end, f->matched)))) {
 		*used = s_index; /* of an older state, or sent twice */
-		goto used;
+		return STEP_MORE;
 	}
 	if (p_index == NONE)
 		return STEP_WAIT;
@@ -307,7 +332,7 @@ static __always_inline u32 match_stream(struct flow *f, struct held_table *t, st
 	}
 	if (p->type == HELD_SYN && s->type == HELD_DATA) {
 		*used = s_index; /* of an older connection */
-		goto used;
+		return STEP_MORE;
 	}
 	if (p->type != HELD_DATA || s->type != HELD_DATA) {
 		bool same = same_piece(f, p, s);
@@ -324,7 +349,7 @@ static __always_inline u32 match_stream(struct flow *f, struct held_table *t, st
 		if (!same)
 			return STEP_WAIT;
 		*used = s_index;
-		goto used;
+		return STEP_MORE;
 	}
 
 	u32 at_pos = f->matched, p_from = p->from, p_end = p->end, s_from = s->from, s_end = s->end, from, to, index;
@@ -366,7 +391,7 @@ static __always_inline u32 match_stream(struct flow *f, struct held_table *t, st
 		}
 		bpf_spin_unlock(&f->lock);
 		*used = s_index;
-		goto used;
+		return STEP_MORE;
 	}
 
 	trim = forget(notes, 0, trim);
@@ -398,11 +423,6 @@ static __always_inline u32 match_stream(struct flow *f, struct held_table *t, st
 			}
 		}
 	}
-	bpf_spin_unlock(&f->lock);
-	return STEP_MORE;
-used:
-	bpf_spin_lock(&f->lock);
-	s_unlink_head(f, t);
 	bpf_spin_unlock(&f->lock);
 	return STEP_MORE;
 }

@@ -133,6 +133,7 @@ struct flow {
 	u16 p_win, s_win, c_win;
 	u16 cell;       /* see forget_here() */
 	u32 s_sack[8];  /* edges of the blocks in the SVM's last SACK option, host order; an unused block is 0, 0 */
+	u32 p_refused;  /* FLOW_REFUSED: first byte of the PVM's that was */
 	u32 p_high;     /* TCP: highest position in the PVM's list */
 	u64 syn_digest; /* of the PVM's SYN that was matched last, number `pvm_isn` */
 	u32 hash; /* of the PVM's last packet, for the owed ACK */
@@ -156,6 +157,7 @@ struct flow {
 #define FLOW_GAP 0x20u      /* in the PVM's list bytes were missing */
 #define FLOW_REFILL 0x400u  /* and what fills the hole may be behind it */
 #define FLOW_SEEK 0x800u    /* matching looks for that */
+#define FLOW_REFUSED 0x100000u /* PVM data found no room: nothing beyond `p_refused` is taken before they come again */
 #define FLOW_OPEN 0x1000u   /* handshake seen complete */
 /* secondary */
 #define FLOW_SVM_ISN 0x2000u
