@@ -1,4 +1,4 @@
-"""One loaded dataplane for all tests that run programs by BPF_PROG_TEST_RUN: a primary's NIC and a secondary's in a namespace of their own."""
+"""One loaded dataplane for all tests that show frames to programs: a primary's NIC and a secondary's in a namespace."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from tests.unit.rig import GUEST_MAC, MTU, Rig
 PIN_ROOT = Path("/sys/fs/bpf/coloebpf")
 # Small: each free place is one system call of the loader, which the emulated machine of tests/vm feels.
 SIZES = Sizes(mtu=MTU, slots=512, flows=1024)
+SPECS = (
+    NicSpec(0, 0, Role.PRIMARY, "vif0", "fwd0", mac=GUEST_MAC),
+    NicSpec(1, 1, Role.SECONDARY, "vif1", "fwd1", mac=GUEST_MAC),
+)
 
 
 def ip(*arguments: str) -> None:
@@ -26,7 +30,7 @@ def ip(*arguments: str) -> None:
 
 
 def make_devices(namespace: str, nics: int) -> None:
-    """vif<n> and fwd<n>, each one end of a veth pair whose other end has a p behind its name; all without an IP stack."""
+    """vif<n> and fwd<n>, each one end of a veth pair whose other end has a p behind its name; none speaks by itself."""
     ip("netns", "add", namespace)
     with inside(namespace):
         Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1\n")  # no frames but the tests' own
@@ -39,17 +43,17 @@ def make_devices(namespace: str, nics: int) -> None:
 
 @pytest.fixture(scope="session")
 def session_rig() -> Iterator[Rig]:
-    """NIC 0 is a primary's (pair 0), NIC 1 a secondary's (pair 1)."""
+    """SPECS, attached."""
     if os.geteuid() != 0:
         pytest.skip("loading programs needs root")
     name = f"coloebpf-unit-{os.getpid()}"
     pin_dir = PIN_ROOT / name
-    make_devices(name, 2)
+    make_devices(name, len(SPECS))
     try:
         plane = Dataplane.load(pin_dir, SIZES)
         with inside(name):
-            plane.attach(NicSpec(0, 0, Role.PRIMARY, "vif0", "fwd0", mac=GUEST_MAC))
-            plane.attach(NicSpec(1, 1, Role.SECONDARY, "vif1", "fwd1", mac=GUEST_MAC))
+            for spec in SPECS:
+                plane.attach(spec)
             with Control.open(pin_dir) as control:
                 yield Rig(name, plane, control)
     finally:

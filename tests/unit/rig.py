@@ -1,4 +1,4 @@
-"""Runs the hooks on single frames and reads what they wrote: the maps' structs come from the C headers (coloebpf/shapes.py)."""
+"""Runs the hooks on single frames by BPF_PROG_TEST_RUN, and reads what they wrote into the maps."""
 
 from __future__ import annotations
 

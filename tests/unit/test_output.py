@@ -1,4 +1,4 @@
-"""P2 on single frames: what passes, what is held, what is refused, in each state of the pair; exemptions, full tables, sweep and flush."""
+"""P2 on single frames: what passes, is held or refused, by state; exemptions, full tables, sweep and flush."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from tests.unit.rig import (
     GUEST_MAC,
     OTHER_MAC,
     PASS,
-    REDIRECT,
     XDP_DROP,
     XDP_PASS,
     Rig,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv6Address
 from socket import ntohs
 from typing import Any
 
@@ -90,6 +90,11 @@ def put(layer: type[Packet], **fields: Any) -> Callable[[Packet], None]:
     return change
 
 
+def fragment(data: bytes, **ip: Any) -> Packet:
+    return frame_of(layer=Raw(data), ip={"proto": 17, "id": 9, **ip})
+
+
+FRAGMENT_6 = v6(Raw(DATA), IPv6ExtHdrFragment(nh=17, offset=5, m=0, id=9))
 ROWS = [
     Row("tcp", tcp(PORT, 99, DATA), KIND_TCP, 6, start=99),
     Row("tcp-options", tcp(PORT, 99, DATA, options=[("Timestamp", (1, 2))]), KIND_TCP, 6, start=99),
@@ -101,7 +106,9 @@ ROWS = [
     Row("ip-options", frame_of(layer=HELLO, ip={"options": [Raw(b"\x94\x04\0\0\1\1\1\0")]}), KIND_UDP, 17),
     Row("q", udp(PORT, DATA, tags=(("q", 5),)), KIND_UDP, 17, tags=(TAG | 5, 0)),
     Row("ad-q", udp(PORT, DATA, tags=(("ad", 4094), ("q", 5))), KIND_UDP, 17, tags=(TAG | TAG_AD | 4094, TAG | 5)),
-    Row("q-q-6", udp(PORT, DATA, family=6, tags=(("q", 1), ("q", 0))), KIND_UDP, 17, tags=(TAG | 1, TAG), guest=GUEST_6),
+    Row(
+        "q-q-6", udp(PORT, DATA, family=6, tags=(("q", 1), ("q", 0))), KIND_UDP, 17, tags=(TAG | 1, TAG), guest=GUEST_6
+    ),
     Row("hop-by-hop", v6(HELLO, IPv6ExtHdrHopByHop()), KIND_UDP, 17, guest=GUEST_6),
     Row("routing-dest", v6(HELLO, IPv6ExtHdrRouting(type=4), IPv6ExtHdrDestOpt()), KIND_UDP, 17, guest=GUEST_6),
     Row("atomic-fragment", v6(HELLO, IPv6ExtHdrFragment(id=7)), KIND_UDP, 17, guest=GUEST_6),
@@ -110,16 +117,9 @@ ROWS = [
     Row("icmp-6", v6(ICMPv6EchoRequest(data=DATA)), KIND_IP, 58, length=8 + len(DATA), port=0, guest=GUEST_6),
     Row("esp", frame_of(layer=Raw(DATA), ip={"proto": 50}), KIND_IP, 50, port=0),
     Row("no-next-header", v6(Raw(b""), nh=59), KIND_IP, 59, length=0, port=0, guest=GUEST_6),
-    Row(
-        "first-fragment", frame_of(layer=Raw(bytes(24)), ip={"proto": 17, "flags": "MF", "id": 9}), KIND_FRAGMENT, 17, length=24, port=0
-    ),
-    Row(
-        "last-fragment", frame_of(layer=Raw(DATA), ip={"proto": 17, "frag": 3, "id": 9}), KIND_FRAGMENT, 17, start=24, flags=HELD_LAST, port=0
-    ),
-    Row(
-        "fragment-6", v6(Raw(DATA), IPv6ExtHdrFragment(nh=17, offset=5, m=0, id=9)), KIND_FRAGMENT, 17, start=40, flags=HELD_LAST, port=0,
-        guest=GUEST_6,
-    ),
+    Row("first-fragment", fragment(bytes(24), flags="MF"), KIND_FRAGMENT, 17, length=24, port=0),
+    Row("last-fragment", fragment(DATA, frag=3), KIND_FRAGMENT, 17, start=24, flags=HELD_LAST, port=0),
+    Row("fragment-6", FRAGMENT_6, KIND_FRAGMENT, 17, start=40, flags=HELD_LAST, port=0, guest=GUEST_6),
     whole("no-ip", Ether(src=GUEST_MAC, dst=CLIENT_MAC, type=0x88B5) / Raw(DATA)),
     whole("802.3", Dot3(src=GUEST_MAC, dst=CLIENT_MAC, len=25) / Raw(DATA)),
     whole("third-tag", udp(PORT, DATA, tags=(("q", 1), ("q", 2), ("q", 3)))),
@@ -138,7 +138,7 @@ ROWS = [
     whole("extension-too-long", broken(put(IPv6ExtHdrHopByHop, len=200), v6(HELLO, IPv6ExtHdrHopByHop()))),
     whole("seven-extensions", v6(HELLO, *[IPv6ExtHdrDestOpt() for _ in range(7)])),
     whole("empty-fragment", frame_of(ip={"proto": 17, "frag": 3})),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -146,7 +146,7 @@ def test_a_frame_gives_this_flow_and_this_range(rig: Rig, row: Row) -> None:
     got = rig.arrive(bytes(row.frame))
     assert got.verdict == XDP_PASS
     key = rig.flow(got.flow).key
-    guest = ip_address(bytes(key.guest))
+    guest = IPv6Address(bytes(key.guest))
     seen = (
         key.kind,
         key.proto,
