@@ -139,9 +139,10 @@ static __always_inline bool blank_sack(struct slot *slot, const struct held *h, 
 	return true;
 }
 
-/* Overwrites `skb` with slot `slot`. */
+/* Overwrites `skb` with slot `slot`. `beside`: the outer tag goes where the vessel's was, beside the packet: the kernel will add a checksum at an
+ * offset that does not count it. */
 static __always_inline bool load_vessel(struct __sk_buff *skb, const struct place *at, struct slot *slot, const struct held *h, u32 index,
-					u32 generation)
+					u32 generation, bool beside)
 {
 	u32 len = h->len;
 	if (skb->vlan_present) {
@@ -151,6 +152,18 @@ static __always_inline bool load_vessel(struct __sk_buff *skb, const struct plac
 	}
 	if (skb->vlan_present) /* popping moved an inner tag there */
 		bpf_skb_vlan_pop(skb);
+	if (beside) {
+		if (len < 32 || bpf_skb_change_tail(skb, len - 4, 0) || bpf_skb_store_bytes(skb, 0, slot->byte, 12, 0))
+			return false;
+		len -= 32;
+		BOUND(len, SLOT_BYTES - 1);
+		len += 16;
+		if (bpf_skb_store_bytes(skb, 12, slot->byte + 16, len, 0))
+			return false;
+		if (bpf_skb_vlan_push(skb, *(u16 *)(slot->byte + 12), be16_at(slot->byte + 14)))
+			return false;
+		goto loaded;
+	}
 	if (len < 14 || bpf_skb_change_tail(skb, len, 0))
 		return false;
 	len -= 14; /* never zero: the helper's demand */
@@ -158,6 +171,7 @@ static __always_inline bool load_vessel(struct __sk_buff *skb, const struct plac
 	len += 14;
 	if ( bpf_skb_store_bytes(skb, 0, slot->byte, len, 0))
 		return false;
+loaded:
 	put_tag(skb, at, index, generation);
 	bpf_set_hash(skb, h->hash);
 	return true;

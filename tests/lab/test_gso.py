@@ -113,9 +113,12 @@ def svm_says(talk: Talk, seq: int, data: bytes, step: int, fin: bool = False, ac
 
 @pytest.mark.parametrize("first", ["pvm", "svm"])
 @pytest.mark.parametrize(
-    ("length", "size"), [(1448 * 2, 1448), (1449, 1448), (65000, 1400), (65160, 1448), (5000, 1220), (20_000, 536), (700, 100)]
+    ("length", "size"),
+    [(1448 * 2, 1448), (1449, 1448), (65000, 1400), (65160, 1448), (5000, 1220), (20_000, 536), (700, 100)],
 )
-def test_a_super_packet_is_compared_as_the_segments_it_stands_for(wire: Wire, talk: Talk, length: int, size: int, first: str) -> None:
+def test_a_super_packet_is_compared_as_the_segments_it_stands_for(
+    wire: Wire, talk: Talk, length: int, size: int, first: str
+) -> None:
     size -= 20 if talk.family == 6 and size > 1400 else 0
     whole = Super(talk, STREAM[:length], size)
     if -(-length // size) > 60:
