@@ -95,7 +95,10 @@ class Control:
         if not 0 <= pair < MAX_PAIRS:
             raise ConfigError(f"pair {pair}: must be below {MAX_PAIRS}")
         if self._memory is None:
-            self._memory = mmap.mmap(self.fd("pairs"), mmap.PAGESIZE)
+            try:
+                self._memory = mmap.mmap(self.fd("pairs"), mmap.PAGESIZE)
+            except OSError as e:  # made without BPF_F_MMAPABLE
+                raise BpfError(f"{self.pin_dir} has maps of another version of coloebpf: detach, then load again") from e
         return (ct.c_uint64 * 2).from_buffer(self._memory, pair * ct.sizeof(self.shapes.leaf("pairs")))
 
     def _write(self, pair: int, state: State, epoch: int) -> None:
