@@ -98,7 +98,7 @@ class Control:
             try:
                 self._memory = mmap.mmap(self.fd("pairs"), mmap.PAGESIZE)
             except OSError as e:  # made without BPF_F_MMAPABLE
-                raise BpfError(f"{self.pin_dir} has maps of another version of coloebpf: detach, then load again") from e
+                raise BpfError(f"{self.pin_dir} has maps of another version: detach, then load again") from e
         return (ct.c_uint64 * 2).from_buffer(self._memory, pair * ct.sizeof(self.shapes.leaf("pairs")))
 
     def _write(self, pair: int, state: State, epoch: int) -> None:
