@@ -118,7 +118,7 @@ class Oracle:
             (self.wire.pvm if pvm else self.wire.svm)(frame)
             self.look()
         else:
-            self.wire.port("pvm" if pvm else "svm").send(frame)
+            self.wire.push("pvm" if pvm else "svm", frame)
 
     def look(self) -> None:
         """Nothing unproven is out, and no frame twice."""

@@ -308,7 +308,7 @@ def test_any_order_of_the_svms_datagrams(wire: Wire, seed: int, count: int, frag
     luck.shuffle(turns)
     before = wire.nic()
     for node in turns:
-        wire.port(node).send(next(sides[node]))
+        wire.push(node, next(sides[node]))
     wire.settle()
     got = wire.seen()
     whole = [f.hex() for f in pvm]

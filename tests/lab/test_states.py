@@ -139,7 +139,7 @@ def test_a_flush_keeps_the_order(wire: Wire, make: type) -> None:
     sent = {i: [make(talk, 1 + 3 * n, b"%03d" % n) for n in range(200)] for i, talk in enumerate(talks)}
     for row in zip(*sent.values(), strict=True):
         for frame in row:
-            wire.port("pvm").send(frame)
+            wire.push("pvm", frame)
     wire.settle()
     assert wire.seen() == []
     wire.checkpoint()

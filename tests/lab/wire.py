@@ -93,10 +93,21 @@ class Wire:
 
     def send(self, node: str, frames: Iterable[bytes] | bytes, device: str = "eth0") -> None:
         """Send frames one after the other, and wait until the hosts are done with them."""
-        port = self.port(node, device)
         for frame in [frames] if isinstance(frames, bytes) else frames:
-            port.send(frame)
+            self.push(node, frame, device)
         self.settle()
+
+    def push(self, node: str, frame: bytes, device: str = "eth0") -> None:
+        """Send one frame and wait for nothing, unless the port is busy."""
+        port, deadline = self.port(node, device), time.monotonic() + WAIT
+        while True:
+            try:
+                port.send(frame)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.0005)
 
     def pvm(self, *frames: bytes, nic: int = 0) -> None:
         self.send("pvm", frames, f"eth{nic}")
