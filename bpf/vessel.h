@@ -123,12 +123,10 @@ static __always_inline bool blank_sack(struct slot *slot, const struct held *h, 
 	}
 	if (known)
 		return false;
-#pragma nounroll
-	for (u32 i = 0; i < 40; i++) {
-		if (i >= len)
-			break;
-		((volatile u8 *)o)[i] = 1; /* NOP; volatile, or clang calls memset() */
-	}
+#pragma unroll
+	for (u32 i = 0; i < 40; i++) /* all that options may be; unrolled, as clang's loop counts in a way that kernel 6.1 can't follow */
+		if (i < len)
+			((volatile u8 *)o)[i] = 1; /* NOP; volatile, or clang calls memset() */
 	u8 *tcp = slot->byte + l4;
 	*(u16 *)(tcp + 16) = 0;
 	u32 end = l4 + l4_len;
