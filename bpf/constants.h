@@ -19,11 +19,11 @@
 #define FLOW_MASK 0xfffffu /* of skb->mark: a flow's number; the other bits are the secret of settings.mark */
 #define NONE 0xffffffffu /* no slot, no flow */
 
-#define MAX_FIFO 1024u     /* records a flow may hold or park a side */
+#define MAX_FIFO (MAX_SLOTS / 8) /* records a flow may hold or park a side: 11 MB at the usual size, more than a peer's window */
 #define FIFO_SPARE 64u     /* above MAX_FIFO, for the SVM's record that all the others wait for */
 #define SLOTS_SPARE (MAX_SLOTS / 8) /* the slab's last ones, for records that others of their flow wait for */
 #define WALK 128           /* records that a search in a list looks at: what the verifier can follow (a million instructions a program) */
-#define FIFO_HIGH 768u     /* a flow asks for a checkpoint from here on: three quarters leave time for one */
+#define FIFO_HIGH (MAX_FIFO - MAX_FIFO / 4)     /* a flow asks for a checkpoint from here on: three quarters leave time for one */
 #define SLOTS_LOW (MAX_SLOTS / 4) /* the slab asks for a checkpoint when no more than these are free */
 #ifndef DRAIN_STEPS
 #define DRAIN_STEPS 8      /* steps of one drain run (again what the verifier can follow); it tail-calls itself, up to the kernel's 33 times */

@@ -65,7 +65,7 @@ class Sizes:
     """Sizes of the dataplane: `mtu` of the guests (bytes), slots of the slab, flows of the table; powers of two."""
 
     mtu: int = 1500
-    slots: int = 8192
+    slots: int = 65536
     flows: int = 65536
 
     @property

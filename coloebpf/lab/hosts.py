@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+from coloebpf import tuning
 from coloebpf.control import Control, State
 from coloebpf.dataplane import Dataplane, NicSpec, Role, Sizes
 from coloebpf.lab.plan import HOSTS, PAIR, LabPlan
@@ -22,6 +23,8 @@ def bring_up(plan: LabPlan, sizes: Sizes | None = None) -> None:
 
     `sizes`: others than the defaults for the lab's MTU.
     """
+    # Here, where the machine's own namespace is at hand: the number is the machine's, and a lab's namespace doesn't show it.
+    tuning.raise_backlog(2 * (sizes or Sizes(mtu=plan.mtu)).slots, first="/proc/thread-self/ns/net")
     # A process for each host: compiling takes seconds, and a real host has a loader of its own. Spawned, not forked, so
     # that nothing of this process (sockets, signal handlers) is shared.
     with ProcessPoolExecutor(max_workers=len(HOSTS), mp_context=get_context("spawn")) as pool:

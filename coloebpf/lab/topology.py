@@ -14,11 +14,12 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_NOARP, IFF_PROMISC, IFF_UP
 
 from coloebpf.errors import LabError
-from coloebpf.lab.plan import GUESTS, NODES, End, LabPlan
+from coloebpf.lab.plan import GUESTS, HOSTS, NODES, End, LabPlan
 from coloebpf.netns import inside
 
 NETNS_DIR = Path("/run/netns")
 UP_TIMEOUT = 5.0  # seconds for all devices to report that they are up; it takes milliseconds
+FORWARD_QUEUE = 20_000  # frames that a forward device holds back before it drops
 NUD_PERMANENT = 0x80
 IFA_F_NODAD = 0x02
 
@@ -63,6 +64,12 @@ def build(plan: LabPlan) -> None:
         _add_bridge(plan, bridge)
     for link in plan.links():
         _add_veth(plan, link.one, link.other, link.mtu)
+    for host in HOSTS:
+        with netlink(plan.namespace(host)) as route:
+            for device in {nic.fwd for nic in plan.nic_list()}:
+                # A veth's receive ring for XDP has 256 frames, which a burst of super-packets overflows where a NIC would
+                # not: behind a queue it pushes back instead of dropping (kernel 6.16 and newer).
+                route.tc("add", "pfifo", _index(route, device), limit=FORWARD_QUEUE)
     for node, port in plan.bridge_ports():
         with netlink(plan.namespace(node)) as route:
             route.link("set", index=_index(route, port), master=_index(route, "br0"))
