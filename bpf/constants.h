@@ -17,6 +17,8 @@
 #define MAX_FLOWS 65536u /* power of two, at most 2^20: a flow's number shares skb->mark with a secret of 12 bits */
 #endif
 #define FLOW_MASK 0xfffffu /* of skb->mark: a flow's number; the other bits are the secret of settings.mark */
+#define SCRATCH_HOOK 0u /* in the map scratch: programs on hooks */
+#define SCRATCH_USER 1u /* run by user space, which before 6.2 a hook's program may interrupt on the same CPU */
 #define NONE 0xffffffffu /* no slot, no flow */
 
 #define MAX_FIFO (MAX_SLOTS / 8) /* records a flow may hold or park a side: 11 MB at the usual size, more than a peer's window */

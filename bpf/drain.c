@@ -14,7 +14,7 @@
 int drain(struct __sk_buff *skb)
 {
 	u32 zero = 0, index = skb->cb[CB_FLOW], mode = skb->cb[CB_MODE], own = skb->cb[CB_OWN], staged = skb->cb[CB_STAGED];
-	u32 cpu = bpf_get_smp_processor_id();
+	u32 cpu = bpf_get_smp_processor_id() | (mode & MODE_NO_REDIRECT) << 16; /* user space's is a CPU of its own, see SCRATCH_USER */
 	struct flow *f = flows.lookup(&index);
 	struct held_table *t = held.lookup(&zero);
 	struct hash_keys *keys = hash_keys.lookup(&zero);
@@ -26,7 +26,8 @@ int drain(struct __sk_buff *skb)
 		return VERDICT_DROP; /* never: P2 and P4 have just looked them up */
 	u32 id = at.nic->id, vif = at.nic->vif;
 	struct histogram *waited = holding.lookup(&id);
-	struct scratch *notes = scratch.lookup(&zero);
+	u32 whose = mode & MODE_NO_REDIRECT ? SCRATCH_USER : SCRATCH_HOOK;
+	struct scratch *notes = scratch.lookup(&whose);
 	if (!waited || !notes)
 		return VERDICT_DROP;
 	u64 now = notes->now;
@@ -74,7 +75,7 @@ int drain(struct __sk_buff *skb)
 				bpf_spin_unlock(&f->lock);
 				if (gone) {
 					at.count->svm_unparked++;
-					give_slot(used);
+					give_slot_of(whose, used);
 				}
 			}
 			if (found.any) {
@@ -87,7 +88,7 @@ int drain(struct __sk_buff *skb)
 
 		bool owed = f->key.kind == KIND_TCP && (f->flags & FLOW_BASED) && owes_ack(f) && at.state == LOCKSTEP;
 		if (owed)
-			spare = take_slot(&at);
+			spare = take_slot_of(&at, whose);
 		u32 seq = 0, ts_known = 0, verdict = 0;
 		struct held *h;
 		bpf_spin_lock(&f->lock);
@@ -144,7 +145,7 @@ int drain(struct __sk_buff *skb)
 		bool last = verdict >= LAST;
 		verdict &= LAST - 1;
 		if (spare != NONE && verdict != 2)
-			give_slot(spare);
+			give_slot_of(whose, spare);
 		if (verdict == 0) {
 			more = false;
 			break;
@@ -206,7 +207,7 @@ int drain(struct __sk_buff *skb)
 		own = 0; /* it is no longer the packet it came as */
 		if (!staged)
 			drop(&at, DROP_EMIT);
-		give_slot(out);
+		give_slot_of(whose, out);
 		if (staged && (mode & MODE_NO_REDIRECT)) {
 			if (bpf_clone_redirect(skb, vif, BPF_F_INGRESS))
 				drop(&at, DROP_EMIT);

@@ -8,14 +8,14 @@
  * - A flow's place in `flows` is never freed, only given another generation under its lock. A program that found the place before that sees the other
  *   generation under the lock and leaves it alone. (Elements of a kernel hash map could be reused under its feet.) */
 
-/* A free slot of the slab, or NONE. */
-static __always_inline u32 take_slot(const struct place *at)
+/* A free slot of the slab, or NONE. Each CPU keeps one for its hooks; nothing on a hook interrupts anything else there. */
+static __always_inline u32 take_slot_of(const struct place *at, u32 whose)
 {
-	u32 index, zero = 0;
-	struct scratch *notes = scratch.lookup(&zero);
+	u32 index;
+	struct scratch *notes = scratch.lookup(&whose);
 	if (!notes)
 		return NONE;
-	if (!notes->spare) { /* no program of ours interrupts another on its CPU */
+	if (!notes->spare) {
 		if (free_slots.pop(&index)) {
 			drop(at, DROP_NO_SLOT);
 			return NONE;
@@ -28,18 +28,20 @@ static __always_inline u32 take_slot(const struct place *at)
 	return index;
 }
 
-static __always_inline void give_slot(u32 index)
+static __always_inline void give_slot_of(u32 whose, u32 index)
 {
-	u32 zero = 0;
-	struct scratch *notes = scratch.lookup(&zero);
+	struct scratch *notes = scratch.lookup(&whose);
 	if (index >= MAX_SLOTS)
 		return;
-	if (notes && !notes->spare)
+	if (notes && !notes->spare && whose == SCRATCH_HOOK)
 		notes->spare = index + 1;
 	else
 		free_slots.push(&index, 0);
 	gauge_add(GAUGE_SLOTS_USED, -1);
 }
+
+static __always_inline u32 take_slot(const struct place *at) { return take_slot_of(at, SCRATCH_HOOK); }
+static __always_inline void give_slot(u32 index) { give_slot_of(SCRATCH_HOOK, index); }
 
 /* The slab is filling up: say so once until it has fallen again. */
 static __always_inline void watch_slab(const struct place *at)

@@ -38,7 +38,7 @@ int link_arrive(struct xdp_md *ctx)
 	xdp_stages.call(ctx, at.nic->role == ROLE_PRIMARY ? STAGE_P3 : STAGE_S1_XDP);
 	return XDP_DROP;
 unknown:;
-	/* Nobody's: counted at the device's first NIC, or in the last place if there is none. */
+	/* Nobody's: counted in the last place, which NIC 63 shares. */
 	u32 none = MAX_NICS - 1;
 	struct counters *count = counters.lookup(&none);
 	if (count)

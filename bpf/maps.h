@@ -36,7 +36,7 @@ BPF_QUEUESTACK_PINNED("stack", free_flows, u32, MAX_FLOWS, 0, PIN_DIR "/free_flo
 BPF_TABLE_PINNED("lpm_trie", struct exempt_key, u32, exempt, 1024, PIN_DIR "/exempt", 1);   /* control -> P2, P3 (flag 1: BPF_F_NO_PREALLOC, a trie's must) */
 BPF_TABLE_PINNED("percpu_array", u32, struct counters, counters, MAX_NICS, PIN_DIR "/counters");    /* all programs -> control */
 BPF_TABLE_PINNED("percpu_array", u32, struct histogram, holding, MAX_NICS, PIN_DIR "/holding");     /* P2, drain -> control */
-BPF_TABLE_PINNED("percpu_array", u32, struct scratch, scratch, 1, PIN_DIR "/scratch");               /* each program for itself, for the length of one run */
+BPF_TABLE_PINNED("percpu_array", u32, struct scratch, scratch, 2, PIN_DIR "/scratch");               /* each program for itself, for the length of one run */
 BPF_TABLE_PINNED("array", u32, u64, gauges, 8, PIN_DIR "/gauges");                          /* atomic adds by programs -> control; GAUGE_* */
 BPF_TABLE_PINNED("prog", u32, u32, tc_stages, 8, PIN_DIR "/tc_stages");                     /* loader -> tail calls of tc programs; STAGE_* */
 BPF_TABLE_PINNED("prog", u32, u32, xdp_stages, 4, PIN_DIR "/xdp_stages");                   /* loader -> tail calls of XDP programs */

@@ -21,7 +21,7 @@ static __always_inline void segment_headers(struct slot *slot, struct packet *p,
 		*(u16 *)(ip + 4) = bpf_htons(be16_at(ip + 4) + n);
 		*(u16 *)(ip + 10) = 0;
 		BOUND(head, 0x3c);
-		sum = bpf_csum_diff(NULL, 0, (void *)ip, head, 0);
+		sum = (u32)bpf_csum_diff(NULL, 0, (void *)ip, head, 0);
 		*(u16 *)(ip + 10) = ~fold(sum);
 	}
 	p->length = len;

@@ -39,7 +39,8 @@ int flush(struct __sk_buff *skb)
 			skb->cb[CB_OWN] = 0;
 			skb->cb[CB_STAGED] = 0;
 			skb->cb[CB_PARTIAL] = 0;
-			struct scratch *notes = scratch.lookup(&zero);
+			u32 whose = SCRATCH_USER;
+			struct scratch *notes = scratch.lookup(&whose);
 			if (notes)
 				notes->now = bpf_ktime_get_ns();
 			skb->priority = next; /* cb is the drain's now */

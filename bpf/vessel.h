@@ -32,30 +32,25 @@ static __always_inline u16 sum_replace(u16 sum, u32 old, u32 new)
 	return ~fold(s);
 }
 
-/* Sum of `len` bytes at `off` of a slot. The caller has zeroed 4 bytes behind them. */
+/* Sum of `len` bytes at `off` of a slot. The caller has zeroed 4 bytes behind them. (bpf_csum_diff() gives all 32 bits before kernel 6.13, and bcc
+ * declares it an int: without the cast half of the sums would be negative. It fails only for lengths that are not asked for here.) */
 static __always_inline u64 slot_sum(struct slot *slot, u32 off, u32 len)
 {
 	u64 sum = 0;
 #pragma nounroll
 	for (int i = 0; i < SLOT_BYTES / 512; i++) { /* bpf_csum_diff() takes 512 bytes at most */
-		if (len < 512 || off > SLOT_BYTES - 512)
+		if (len < 509 || off > SLOT_BYTES - 512) /* 509 to 511 are 512 by fours */
 			break;
 		BOUND(off, SLOT_BYTES - 1);
-		s64 part = bpf_csum_diff(NULL, 0, (void *)(slot->byte + off), 512, 0);
-		if (part < 0)
-			return 0;
-		sum += part;
+		sum += (u32)bpf_csum_diff(NULL, 0, (void *)(slot->byte + off), 512, 0);
 		off += 512;
-		len -= 512;
+		len = len > 512 ? len - 512 : 0;
 	}
 	BOUND(off, SLOT_BYTES - 1);
 	len = (len + 3) & ~3u;
 	BOUND(len, 0x1fc);
-	if (len) {
-		s64 part = bpf_csum_diff(NULL, 0, (void *)(slot->byte + off), len, 0);
-		if (part >= 0)
-			sum += part;
-	}
+	if (len)
+		sum += (u32)bpf_csum_diff(NULL, 0, (void *)(slot->byte + off), len, 0);
 	return sum;
 }
 

@@ -34,7 +34,7 @@ class Shapes:
     def __init__(self, pin_dir: Path, run: Path = RUN_DIR) -> None:
         from bcc import BPF
 
-        path = file_of(pin_dir, run)
+        self.path = path = file_of(pin_dir, run)
         try:
             self.said: dict[str, list[Any]] = json.loads(path.read_text())
         except OSError as e:
