@@ -217,6 +217,9 @@ class Dataplane:
         self._put(undo, "nic_by_id", ct.c_uint32(spec.nic), nic)
         self._put(undo, "links", link, ct.c_uint32(spec.nic))
         self._put(undo, "nics", ct.c_uint32(vif), nic)
+        for key in bpfsys.keys(self._fd("nics"), ct.c_uint32):
+            if key.value != vif and bpfsys.lookup(self._fd("nics"), key, before) and before.id == spec.nic:
+                bpfsys.delete(self._fd("nics"), key)  # a vif that this NIC had before it was made again
 
     def _put(self, undo: ExitStack, table: str, key: Any, value: Any) -> None:
         """Writes an entry; `undo` will bring back what was there."""

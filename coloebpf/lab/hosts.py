@@ -23,7 +23,8 @@ def bring_up(plan: LabPlan, sizes: Sizes | None = None) -> None:
 
     `sizes`: others than the defaults for the lab's MTU.
     """
-    # Here, where the machine's own namespace is at hand: the number is the machine's, and a lab's namespace doesn't show it.
+    # Here, where the machine's own namespace is at hand: the number is the machine's, and a lab's namespace doesn't
+    # show it.
     tuning.raise_backlog(2 * (sizes or Sizes(mtu=plan.mtu)).slots, first="/proc/thread-self/ns/net")
     # A process for each host: compiling takes seconds, and a real host has a loader of its own. Spawned, not forked, so
     # that nothing of this process (sockets, signal handlers) is shared.

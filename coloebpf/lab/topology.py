@@ -67,8 +67,8 @@ def build(plan: LabPlan) -> None:
     for host in HOSTS:
         with netlink(plan.namespace(host)) as route:
             for device in {nic.fwd for nic in plan.nic_list()}:
-                # A veth's receive ring for XDP has 256 frames, which a burst of super-packets overflows where a NIC would
-                # not: behind a queue it pushes back instead of dropping (kernel 6.16 and newer).
+                # A veth's receive ring for XDP has 256 frames, which a burst of super-packets overflows where a NIC
+                # would not: behind a queue it pushes back instead of dropping (kernel 6.16 and newer).
                 route.tc("add", "pfifo", _index(route, device), limit=FORWARD_QUEUE)
     for node, port in plan.bridge_ports():
         with netlink(plan.namespace(node)) as route:
