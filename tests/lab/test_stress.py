@@ -34,7 +34,9 @@ def test_two_cpus_random_leads(tmp_path: Path) -> None:
             work = Workload("stress", tcp, dice.choice((22, 100, 700, 1448)), dice.choice((1, 2, 64, 1000)))
             batch = dice.choice((1, 4, 8, 16))
             # The feeder keeps distances of whole batches; a lead of 0 is a batch each in turn.
-            order = Order("random", dice.choice((1, -1)) * batch * dice.choice((1, 2, 5, 12)) if dice.random() < 0.8 else 0, batch)
+            order = Order(
+                "random", dice.choice((1, -1)) * batch * dice.choice((1, 2, 5, 12)) if dice.random() < 0.8 else 0, batch
+            )
             run = feeder.closed(ports, work, order, seconds=ROUND_S, window=320, two_threads=dice.random() < 0.8)
             what = f"seed {SEED}, after {sent:,} packets: {work}, {order}: {dict(run.counts)}"
             assert not run.counts["lost"], what
