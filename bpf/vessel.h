@@ -32,7 +32,7 @@ static __always_inline u16 sum_replace(u16 sum, u32 old, u32 new)
 	return ~fold(s);
 }
 
-/* Sum of `len` bytes at `off` of a slot. The caller has zeroed 4 bytes behind them. (bpf_csum_diff() gives all 32 bits before kernel 6.13, and bcc
+/* Sum of `len` bytes at `off` of a slot. The caller has zeroed 4 bytes behind them. (bpf_csum_diff() gives all 32 bits on older kernels, and bcc
  * declares it an int: without the cast half of the sums would be negative. It fails only for lengths that are not asked for here.) */
 static __always_inline u64 slot_sum(struct slot *slot, u32 off, u32 len)
 {
