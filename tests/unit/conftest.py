@@ -16,7 +16,7 @@ from tests.unit.rig import GUEST_MAC, MTU, Rig
 
 PIN_ROOT = Path("/sys/fs/bpf/coloebpf")
 # Small: each free place is one system call of the loader, which the emulated machine of tests/vm feels.
-SIZES = Sizes(mtu=MTU, slots=512, flows=1024)
+SIZES = Sizes(mtu=MTU, slots=256, flows=256)
 SPECS = (
     NicSpec(0, 0, Role.PRIMARY, "vif0", "fwd0", mac=GUEST_MAC),
     NicSpec(1, 1, Role.SECONDARY, "vif1", "fwd1", mac=GUEST_MAC),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import time
 from typing import Any
@@ -184,9 +185,11 @@ def test_held_output_leaves_as_it_came_with_the_next_checkpoint(rig: Rig) -> Non
     assert sum(flow.p_count for flow in rig.flows()) == 1
 
 
+@pytest.mark.parametrize("length", [0, 1, 19, 488, 489, 490, 491, 492, 493, 1002, 1003, 1439, 1440])
 @pytest.mark.parametrize("family", [4, 6])
-def test_a_held_checksum_that_was_left_to_the_device_is_filled_in(rig: Rig, family: int) -> None:
-    whole = tcp(next_port(), 5, b"odd number of bytes", family=family)
+def test_a_held_checksum_that_was_left_to_the_device_is_filled_in(rig: Rig, family: int, length: int) -> None:
+    """The kernel's helper sums up 512 bytes at a time."""
+    whole = tcp(next_port(), 5, random.Random(length).randbytes(length), "FA", family=family)
     partial = bytearray(whole)
     at = 14 + (20 if family == 4 else 40) + 16
     partial[at : at + 2] = pseudo_header_sum(whole, family).to_bytes(2, "big")
@@ -269,15 +272,15 @@ def test_an_exemption_that_makes_no_sense_is_a_sentence(rig: Rig, entry: tuple[A
 
 
 def test_a_full_slab_refuses_the_newest_and_asks_for_a_checkpoint(rig: Rig) -> None:
-    frames = [udp(30_000 + n % 400, bytes([n % 256]) * 4) for n in range(SIZES.slots + 20)]
+    frames = [udp(30_000 + n % 100, bytes([n % 256]) * 4) for n in range(SIZES.slots + 20)]
     with reentering() as seen:
         before = rig.counters()
         for frame in frames:
             rig.output(frame)
         after = rig.since(before)
         held = after["held_packets"]
-        assert SIZES.slots - 64 <= held <= SIZES.slots, "each CPU may keep one"
-        assert after["dropped.no_slot"] == len(frames) - held
+        assert SIZES.slots * 3 // 4 < held <= SIZES.slots, "the last slots are for what others wait for"
+        assert after.get("dropped.no_slot", 0) + after.get("dropped.fifo_full", 0) == len(frames) - held
         assert [e["reason"] for e in rig.control.events() if e["kind"] == "high_water"] == ["no_slot"]
         rig.control.suspend(0)
         assert rig.control.commit(0) == held
