@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.lab.conftest import LabMaker
-from tests.lab.wire import Heard, Talk, Wire, but_acks
+from tests.lab.heard import Heard, but_acks
+from tests.lab.talk import Talk
+from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
 
@@ -33,7 +36,7 @@ def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
 
 @dataclass(frozen=True)
 class Script:
-    """Both VMs' segments in the order in which they arrive: (is the PVM's, from, to); to counts the FIN if there is one."""
+    """Both VMs' segments in the order of their arrival: (is the PVM's, from, to); to counts a FIN."""
 
     start: int
     length: int
@@ -46,7 +49,7 @@ def _cover(draw: Any, length: int) -> list[Range]:
     borders = sorted(
         {0, length, *draw(st.lists(st.integers(1, length - 1), max_size=6)), *range(LONGEST, length, LONGEST)}
     )
-    return list(zip(borders, borders[1:], strict=False))
+    return list(itertools.pairwise(borders))
 
 
 def _extras(draw: Any, length: int) -> list[Range]:

@@ -10,7 +10,8 @@ from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 
 from tests.lab.conftest import LabMaker
-from tests.lab.wire import KINDS, Talk, Wire
+from tests.lab.talk import KINDS, Talk
+from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
 STAMPS = [("NOP", None), ("NOP", None), ("Timestamp", (11, 22))]

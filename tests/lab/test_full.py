@@ -15,7 +15,9 @@ from coloebpf.lab.plan import HOSTS, PAIR, LabPlan
 from coloebpf.model import State
 from coloebpf.netns import inside
 from tests.lab.conftest import LabMaker, new_name
-from tests.lab.wire import Heard, Talk, Wire, same_frames
+from tests.lab.heard import Heard, same_frames
+from tests.lab.talk import Talk
+from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
 

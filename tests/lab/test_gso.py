@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from tests.lab.conftest import LabMaker
-from tests.lab.wire import M32, Heard, Talk, Wire, ones_sum
+from tests.lab.heard import Heard, ones_sum
+from tests.lab.talk import M32, Talk
+from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
 

@@ -9,7 +9,9 @@ from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from scapy.packet import Raw
 
 from tests.lab.conftest import LabMaker
-from tests.lab.wire import KINDS, Talk, Wire, same_frames
+from tests.lab.heard import same_frames
+from tests.lab.talk import KINDS, Talk
+from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
 

@@ -1,21 +1,14 @@
-"""Frames into and out of a bare lab: what is sent on a guest's port is that VM's output, what the client's sees is free."""
+"""The ports of a bare lab: what is sent on a guest's is that VM's output, what the client's sees was released."""
 
 from __future__ import annotations
 
 import ctypes as ct
-import itertools
 import socket
 import struct
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
-
-from scapy.layers.inet import IP, TCP, UDP
-from scapy.layers.inet6 import IPv6
-from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
-from scapy.packet import Packet, Raw
 
 from coloebpf import bpfsys, snapshot
 from coloebpf.control import Control
@@ -33,21 +26,6 @@ WAIT = 2.0  # seconds for something that must come; it takes well under a millis
 QUIET = 0.0015  # seconds without any change of a counter: nothing is on its way any more
 LONGEST = 70_000  # bytes of a frame, super-packets too
 NEVER = 1 << 62  # ns
-M32 = 0xFFFFFFFF
-# Kinds of frames that each rule is tried with: arguments of Talk.
-KINDS: dict[str, dict[str, Any]] = {
-    "v4": {},
-    "v6": {"family": 6},
-    "v4-q": {"tags": [("q", 7)]},
-    "v6-ad-q": {"family": 6, "tags": [("ad", 9), ("q", 4094)]},
-}
-
-_ports = itertools.count(2000)
-
-
-def next_port() -> int:
-    """A guest's port that no other case of this process has: flows of different cases never meet."""
-    return 1024 + next(_ports) % 60_000
 
 
 class Wire:
@@ -81,8 +59,9 @@ class Wire:
         if (node, device) not in self._ports:
             with inside(self.plan.namespace(node)):
                 port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
-            port.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUFFORCE if hasattr(socket, "SO_RCVBUFFORCE") else 33,
-                            RECEIVE_BUFFER)  # fmt: skip
+            port.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVBUFFORCE if hasattr(socket, "SO_RCVBUFFORCE") else 33, RECEIVE_BUFFER
+            )
             port.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
             port.bind((device, 0))
             port.setblocking(False)
@@ -264,180 +243,6 @@ class Tally(dict[str, int]):
         return 0
 
 
-@dataclass
-class Talk:
-    """One conversation between the guest and a client, with a port of its own; builds both directions' frames."""
-
-    wire: Wire
-    family: int = 4
-    tags: Sequence[tuple[str, int]] = ()  # ("q" or "ad", id), outer first
-    nic: int = 0
-    guest_port: int = field(default_factory=next_port)
-    client_port: int = 40_000
-    extensions: Sequence[Packet] = ()  # IPv6 extension headers between IP and the rest
-    ip_options: bytes = b""
-
-    def link(self, source: str, target: str) -> Packet:
-        frame = Ether(src=source, dst=target)
-        for kind, number in self.tags:
-            frame = frame / (Dot1Q(vlan=number) if kind == "q" else Dot1AD(vlan=number))
-        return frame
-
-    def ip(self, output: bool = True, **fields: Any) -> Packet:
-        """Ethernet and IP header, of the guest's output or of the client's."""
-        nic = self.wire.nics[self.nic]
-        macs = (nic.mac, self.wire.client_mac)
-        frame = self.link(*(macs if output else macs[::-1]))
-        if self.family == 4:
-            ends = (nic.guest_v4, nic.client_v4)
-            source, target = ends if output else ends[::-1]
-            header = IP(src=source, dst=target, **fields)
-            if self.ip_options:
-                header.options = [Raw(self.ip_options)]
-            return frame / header
-        ends = (nic.guest_v6, nic.client_v6)
-        source, target = ends if output else ends[::-1]
-        names = {"ttl": "hlim", "tos": "tc"}
-        frame = frame / IPv6(src=source, dst=target, **{names.get(k, k): v for k, v in fields.items() if k != "id"})
-        for extension in self.extensions:
-            frame = frame / extension.copy()
-        return frame
-
-    def tcp(
-        self,
-        seq: int,
-        data: bytes = b"",
-        flags: str = "A",
-        ack: int = 1000,
-        window: int = 500,
-        options: Sequence[Any] = (),
-        output: bool = True,
-        ip: dict[str, Any] | None = None,
-        **fields: Any,
-    ) -> bytes:
-        ports = (self.guest_port, self.client_port)
-        sport, dport = ports if output else ports[::-1]
-        header = TCP(sport=sport, dport=dport, seq=seq & M32, ack=ack & M32, flags=flags, window=window,
-                     options=list(options), **fields)  # fmt: skip
-        return bytes(self.ip(output, **(ip or {})) / header / Raw(data))
-
-    def udp(self, data: bytes, output: bool = True, ip: dict[str, Any] | None = None, **fields: Any) -> bytes:
-        ports = (self.guest_port, self.client_port)
-        sport, dport = ports if output else ports[::-1]
-        return bytes(self.ip(output, **(ip or {})) / UDP(sport=sport, dport=dport, **fields) / Raw(data))
-
-    def raw(self, proto: int, data: bytes, **fields: Any) -> bytes:
-        """Any other protocol on IP."""
-        frame = self.ip(**fields)
-        if self.family == 4:
-            frame[IP].proto = proto
-        elif self.extensions:
-            frame.lastlayer().nh = proto
-        else:
-            frame[IPv6].nh = proto
-        return bytes(frame / Raw(data))
-
-    def client_tcp(self, seq: int, data: bytes = b"", **fields: Any) -> bytes:
-        return self.tcp(seq, data, output=False, **fields)
-
-
-@dataclass(frozen=True)
-class Heard:
-    """A frame's headers, read from its bytes alone."""
-
-    frame: bytes
-    l3: int
-    l4: int
-    end: int  # of the IP packet
-    proto: int
-
-    @classmethod
-    def of(cls, frame: bytes) -> Heard:
-        off, kind = 14, int.from_bytes(frame[12:14], "big")
-        while kind in (0x8100, 0x88A8):
-            kind = int.from_bytes(frame[off + 2 : off + 4], "big")
-            off += 4
-        if kind == 0x0800:
-            total = int.from_bytes(frame[off + 2 : off + 4], "big")
-            cut = int.from_bytes(frame[off + 6 : off + 8], "big") & 0x3FFF
-            head = (frame[off] & 15) * 4
-            return cls(frame, off, off + head, off + total, -1 if cut else frame[off + 9])
-        if kind == 0x86DD:
-            end, proto, l4 = off + 40 + int.from_bytes(frame[off + 4 : off + 6], "big"), frame[off + 6], off + 40
-            while proto in (0, 43, 60, 44):
-                if proto == 44 and int.from_bytes(frame[l4 + 2 : l4 + 4], "big") & 0xFFF9:
-                    return cls(frame, off, l4, end, -1)
-                step = 8 if proto == 44 else (frame[l4 + 1] + 1) * 8
-                proto, l4 = frame[l4], l4 + step
-            return cls(frame, off, l4, end, proto)
-        return cls(frame, off, off, len(frame), -1)
-
-    def word(self, offset: int, size: int = 4) -> int:
-        return int.from_bytes(self.frame[self.l4 + offset : self.l4 + offset + size], "big")
-
-    @property
-    def seq(self) -> int:
-        return self.word(4)
-
-    @property
-    def ack(self) -> int:
-        return self.word(8)
-
-    @property
-    def window(self) -> int:
-        return self.word(14, 2)
-
-    @property
-    def flags(self) -> int:
-        return self.frame[self.l4 + 13]
-
-    @property
-    def data(self) -> bytes:
-        return self.frame[self.l4 + (self.frame[self.l4 + 12] >> 4) * 4 : self.end]
-
-    @property
-    def tcp_options(self) -> bytes:
-        return self.frame[self.l4 + 20 : self.l4 + (self.frame[self.l4 + 12] >> 4) * 4]
-
-    @property
-    def timestamps(self) -> tuple[int, int]:
-        """Value and echo, wherever the option stands."""
-        options, off = self.tcp_options, 0
-        while off < len(options):
-            if options[off] == 8:
-                value, echo = struct.unpack("!II", options[off + 2 : off + 10])
-                return value, echo
-            off += 1 if options[off] == 1 else options[off + 1]
-        raise AssertionError(f"no timestamps in {options.hex()}")
-
-    @property
-    def sack(self) -> list[int]:
-        """All edges of the SACK blocks."""
-        options, off = self.tcp_options, 0
-        while off < len(options):
-            if options[off] == 5:
-                body = options[off + 2 : off + options[off + 1]]
-                return [int.from_bytes(body[i : i + 4], "big") for i in range(0, len(body), 4)]
-            off += 1 if options[off] == 1 else options[off + 1]
-        return []
-
-    def sums_hold(self) -> bool:
-        """Are the IP and the TCP, UDP or ICMPv6 checksum right?"""
-        frame, l3 = self.frame, self.l3
-        six = frame[l3] >> 4 == 6
-        if not six and ones_sum(frame[l3 : l3 + (frame[l3] & 15) * 4]) != 0xFFFF:
-            return False
-        if self.proto not in (6, 17, 58) or (self.proto == 58 and not six):
-            return True
-        body = frame[self.l4 : self.end]
-        if self.proto == 17:
-            body = body[: int.from_bytes(body[4:6], "big")]
-            if not six and body[6:8] == b"\0\0":
-                return True
-        ends = frame[l3 + 8 : l3 + 40] if six else frame[l3 + 12 : l3 + 20]
-        return ones_sum(ends + struct.pack("!II", len(body), self.proto) + body) == 0xFFFF
-
-
 def with_tag(frame: bytes, notes: Sequence[tuple[int, int, bytes]]) -> bytes:
     """The frame with its outer VLAN tag back in place."""
     for level, kind, data in notes:
@@ -446,27 +251,3 @@ def with_tag(frame: bytes, notes: Sequence[tuple[int, int, bytes]]) -> bytes:
             if status & TAG_VALID:
                 return frame[:12] + struct.pack("!HH", protocol, tci) + frame[12:]
     return frame
-
-
-def ones_sum(data: bytes) -> int:
-    """One's complement sum of 16-bit words (RFC 1071)."""
-    total: int = sum(struct.unpack(f"!{(len(data) + 1) // 2}H", data + b"\0" * (len(data) % 2)))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
-
-
-def but_acks(frame: bytes) -> bytes:
-    """The frame without what a release may lower: ACK number, window, TCP checksum."""
-    heard = Heard.of(frame)
-    if heard.proto != 6:
-        return frame
-    at = heard.l4
-    return frame[: at + 8] + bytes(4) + frame[at + 12 : at + 14] + bytes(4) + frame[at + 18 :]
-
-
-def same_frames(got: Sequence[bytes], wanted: Sequence[bytes]) -> None:
-    """The client got these frames of the PVM's and nothing else, in this order, each with right checksums."""
-    assert [but_acks(f).hex() for f in got] == [but_acks(f).hex() for f in wanted]
-    for frame in got:
-        assert Heard.of(frame).sums_hold(), frame.hex()
