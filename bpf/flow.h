@@ -118,7 +118,7 @@ static __always_inline bool s_insert(struct flow *f, struct held_table *t, u32 i
 					placed = true;
 					break;
 				}
-				if (seq_le(h->end, r->end))
+				if (seq_le(h->end, r->end) && h->epoch == r->epoch)
 					return false;
 				before = here;
 				here = r->next;

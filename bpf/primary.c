@@ -559,6 +559,8 @@ static __always_inline u32 s_take(struct flow *f, struct held_table *t, const st
 				take = TAKE_FULL;
 			if (take == TAKE_SWALLOW)
 				take = drain_or(f, t, take); /* what was held before a commit may leave now */
+		} else if (f->epoch != at->epoch && s->type == HELD_ACK) {
+			note_svm_ack(f, s); /* is no piece of the stream: nothing to keep */
 		} else if (f->epoch != at->epoch) {
 			take = low ? TAKE_FULL : TAKE_STORE; /* a commit is not through for this flow yet; the owner sorts it out */
 		} else {

@@ -121,6 +121,21 @@ def test_an_ack_of_the_new_svm_may_come_before_the_flush(wire: Wire, talk: Talk)
 
 
 @BOTH
+def test_what_the_old_svm_had_parked_does_not_swallow_the_new_ones(wire: Wire, talk: Talk, make: type) -> None:
+    wire.pvm(talk.tcp(1, b"x"))
+    wire.svm(talk.tcp(1, b"x"))
+    assert len(wire.released(1)) == 1
+    frame = make(talk, 2, b"answer")
+    wire.svm(frame)
+    wire.suspend()
+    wire.control["primary"].set_state(PAIR, State.LOCKSTEP)
+    wire.svm(frame)
+    wire.kick()
+    wire.pvm(frame)
+    same_frames(wire.released(1), [frame])
+
+
+@BOTH
 def test_the_next_pvm_packet_finds_the_commit_too(wire: Wire, talk: Talk, make: type) -> None:
     old, new = make(talk, 1, b"old"), make(talk, 4, b"new")
     wire.pvm(old)
