@@ -47,7 +47,7 @@
 #define SEC 1000000000ull
 #define IDLE_CLOSED (10 * SEC)    /* connection that ended: long enough for a retransmitted FIN */
 #define IDLE_HALF_OPEN (60 * SEC) /* handshake never finished: longer than the SYN's retransmissions are apart */
-#define IDLE_TCP (7200 * SEC)     /* established: two hours, RFC 1122's keep-alive interval; live ones are not forgotten */
+#define IDLE_TCP (432000 * SEC)   /* established: five days, as conntrack has it; longer than the two hours between keep-alives */
 #define IDLE_OTHER (30 * SEC)     /* datagrams: as conntrack has it */
 
 /* frames */

@@ -9,7 +9,11 @@
 #define CB_SEGMENT CB_STAGED  /* split: the number of the next segment */
 #define CB_PARTIAL 4 /* offset of the TCP or UDP header of a CHECKSUM_PARTIAL vessel */
 
-#define LAST 8u /* added to a step's verdict: nothing is left to do */
+#define LAST 8u    /* added to a step's verdict: nothing is left to do */
+#define BLOCKED 5u /* a step's verdict: this vessel can't carry what is first */
+
+/* A vessel with an open checksum carries only what has its transport header at the same place. */
+static __always_inline bool misfit(u32 mode, u32 l4, const struct held *h) { return (mode & MODE_PARTIAL) && h->l4 != l4; }
 
 int drain(struct __sk_buff *skb)
 {
@@ -86,7 +90,7 @@ int drain(struct __sk_buff *skb)
 				continue;
 		}
 
-		bool owed = f->key.kind == KIND_TCP && (f->flags & FLOW_BASED) && owes_ack(f) && at.state == LOCKSTEP;
+		bool owed = !(mode & MODE_PARTIAL) && f->key.kind == KIND_TCP && (f->flags & FLOW_BASED) && owes_ack(f) && at.state == LOCKSTEP;
 		if (owed)
 			spare = take_slot_of(&at, whose);
 		u32 seq = 0, ts_known = 0, verdict = 0;
@@ -97,6 +101,11 @@ int drain(struct __sk_buff *skb)
 			verdict = 0;
 		} else if (own && f->p_count == own && f->p_proven == own && may_pass(f, now)) {
 			verdict = 3; /* the whole super-packet is proven and first: it passes as it came */
+		} else if (head != NONE && (at.state == PASSTHROUGH || releasable(f, record(t, head))) && may_emit(f, cpu, now) &&
+			   misfit(mode, skb->cb[CB_PARTIAL], record(t, head))) {
+			verdict = BLOCKED; /* the kernel would write a checksum into the wrong bytes: another vessel has to come */
+			f->owner = 0;
+			f->work = 1;
 		} else if (head != NONE && (at.state == PASSTHROUGH || releasable(f, record(t, head))) && may_emit(f, cpu, now)) {
 			h = record(t, head);
 			account_release(f, h, &ack, &win);
@@ -109,7 +118,7 @@ int drain(struct __sk_buff *skb)
 			p_unlink_head(f, t);
 			out = head;
 			verdict = 1;
-		} else if (spare != NONE && owes_ack(f) && may_emit(f, cpu, now)) {
+		} else if (spare != NONE && !(mode & MODE_PARTIAL) && owes_ack(f) && may_emit(f, cpu, now)) {
 			ack = seq_lt(f->s_ack, f->p_ack) ? f->s_ack : f->p_ack;
 			win = f->s_win < f->p_win ? f->s_win : f->p_win;
 			if (seq_lt(f->c_ack, ack))
@@ -146,7 +155,11 @@ int drain(struct __sk_buff *skb)
 		verdict &= LAST - 1;
 		if (spare != NONE && verdict != 2)
 			give_slot_of(whose, spare);
-		if (verdict == 0) {
+		if (verdict == BLOCKED) {
+			at.count->kicks++;
+			tell(&at, EVENT_KICK, 0, index, &f->key, 0, 0, 0);
+		}
+		if (verdict == 0 || verdict == BLOCKED) {
 			more = false;
 			break;
 		}
@@ -195,7 +208,7 @@ int drain(struct __sk_buff *skb)
 				at.count->compared_bytes += h->len - h->payload;
 			}
 		}
-		if ((mode & MODE_PARTIAL) && h->l4 == skb->cb[CB_PARTIAL]) { /* the kernel will add the rest */
+		if (mode & MODE_PARTIAL) { /* the kernel will add the rest */
 			u32 o = h->l4 + (f->key.proto == IPPROTO_TCP ? 16 : 6);
 			BOUND(o, SLOT_BYTES - 1);
 			if (h->l4 >= 34)

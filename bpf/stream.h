@@ -194,6 +194,8 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 
 	if (!(f->flags & FLOW_BASED) && (h->type == HELD_DATA || h->type == HELD_ACK))
 		start_stream(f, h->from); /* what the PVM sent before was before its protection */
+	if (h->type == HELD_ACK)
+		f->flags |= FLOW_OPEN; /* a guest that only receives never sends data */
 	if (h->type == HELD_ACK && alone && acked && seq_le(h->ack, f->s_ack))
 		return TAKE_PASS;
 	if (repeats(f, h)) {

@@ -99,6 +99,8 @@ static __always_inline bool blank_sack(struct slot *slot, const struct held *h, 
 	u32 l4_len = h->payload - l4 + (h->type == HELD_DATA ? h->end - h->start - !!(h->flags & HELD_FIN) : 0);
 	bool known = true;
 
+	if (h->type != HELD_DATA && h->type != HELD_ACK) /* no SYN's, no RST's: nobody reads it there, and their data are not counted here */
+		return false;
 	if (off > SLOT_BYTES - 64 || l4 > SLOT_BYTES - 64 || l4 + l4_len > SLOT_BYTES - 64)
 		return false;
 	BOUND(off, SLOT_BYTES - 1);
