@@ -15,8 +15,9 @@ from tests.vm.machine import Result
 LIMIT_S = 1500  # emulation is 10 to 20 times slower than the machine below it
 FUZZ_FRAMES = 20_000  # a million take minutes there; tests/unit shows them to this machine's kernel
 PYTHON = ".venv/bin/python"
+UNIT_TESTS = f"{PYTHON} -m pytest tests/unit -m kernel -q -p no:cacheprovider --durations=10"
 COMMANDS = {
-    "unit": f"COLOEBPF_FUZZ_FRAMES={FUZZ_FRAMES} {PYTHON} -m pytest tests/unit -m kernel -q -p no:cacheprovider --durations=10",
+    "unit": f"COLOEBPF_FUZZ_FRAMES={FUZZ_FRAMES} {UNIT_TESTS}",
     "smoke": f"{PYTHON} -m tests.vm.loader_smoke",
 }
 
