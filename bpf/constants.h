@@ -11,7 +11,7 @@
 #define SLOT_PAD 512u /* behind the slot's bytes: a helper that reads 512 bytes from anywhere inside stays inside */
 #define MAX_FRAME 0x7fffu /* bytes of a frame that are ever looked at; power of two less one, the verifier's limit is 0xffff */
 #ifndef MAX_SLOTS
-#define MAX_SLOTS 8192u /* power of two; 65,536 records of 64 bytes are the 4 MiB that one map value may have */
+#define MAX_SLOTS 65536u /* power of two; 65,536 records of 64 bytes are the 4 MiB that one map value may have */
 #endif
 #ifndef MAX_FLOWS
 #define MAX_FLOWS 65536u /* power of two, at most 2^20: a flow's number shares skb->mark with a secret of 12 bits */

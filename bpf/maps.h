@@ -16,7 +16,7 @@
 	BPF_ANNOTATE_KV_PAIR(name, u32, type)
 #define HASH_KEYS_BYTES 164112 /* (4096 + 16 + 16384 + 16 + 2) * 8 */
 #ifndef HELD_BYTES
-#define HELD_BYTES 524288 /* MAX_SLOTS * 64 */
+#define HELD_BYTES 4194304 /* MAX_SLOTS * 64 */
 #endif
 
 /* The maps, all pinned under PIN_DIR. Behind each: who writes it, who reads it. */

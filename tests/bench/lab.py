@@ -19,7 +19,6 @@ from coloebpf.netns import inside
 from tests.bench.errors import BenchError
 from tests.bench.feeder import Ports
 
-
 FLOWS = 1 << 17  # the dataplane's table, so that 100,000 flows fit
 PROGRAMS = {
     "primary": {"P1": "p1_mirror", "P2": "p2_output", "P3": "link_arrive", "P4": "link_deliver"},

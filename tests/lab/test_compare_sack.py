@@ -1,5 +1,6 @@
-"""SACK blocks in the PVM's output: the client takes them for received and would not send again what the SVM lacks, so none leaves that the SVM hasn't
-reported (promise 2)."""
+"""SACK blocks in the PVM's output: the client takes them for received and would not send again what the SVM lacks.
+
+So none leaves that the SVM hasn't reported (promise 2)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Both CPUs at once: the PVM's and the SVM's packets of one flow from two threads, random leads in both directions. Every packet is released exactly once,
-in order per flow, without anybody's help (no kick), and every slot comes back."""
+"""Both CPUs at once: the PVM's and the SVM's packets of one flow from two threads, random leads in both directions.
+
+Every packet is released exactly once, in order per flow, without anybody's help (no kick), and every slot comes back.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from tests.bench.workloads import Order, Workload
 
 pytestmark = pytest.mark.lab
 
-PACKETS = int(os.environ.get("COLO_STRESS_PACKETS", 10_000_000))
+PACKETS = int(os.environ.get("COLO_STRESS_PACKETS", "10_000_000"))
 ROUND_S = 4.0  # of one mix of flows, sizes and leads
-SEED = int(os.environ.get("COLO_STRESS_SEED", time.time_ns() & 0xFFFFFFFF))
+SEED = int(os.environ.get("COLO_STRESS_SEED", str(time.time_ns() & 0xFFFFFFFF)))
 
 
 @pytest.mark.timeout(1200)

@@ -133,8 +133,8 @@ def test_sizes_that_are_refused(sizes: Sizes, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "wanted"),
     [
-        (Sizes(), {"MAX_SLOTS": "8192u", "MAX_FLOWS": "65536u", "HELD_BYTES": "524288", "PIN_DIR": '"/pins"'}),
-        (Sizes(slots=65536, flows=1 << 20), {"MAX_SLOTS": "65536u", "MAX_FLOWS": "1048576u", "HELD_BYTES": "4194304"}),
+        (Sizes(), {"MAX_SLOTS": "65536u", "MAX_FLOWS": "65536u", "HELD_BYTES": "4194304", "PIN_DIR": '"/pins"'}),
+        (Sizes(slots=8192, flows=1 << 20), {"MAX_SLOTS": "8192u", "MAX_FLOWS": "1048576u", "HELD_BYTES": "524288"}),
         (Sizes(mtu=1501, slots=2, flows=2), {"MAX_SLOTS": "2u", "SLOT_SHIFT": "14", "HASH_ROUNDS": "142"}),
     ],
 )
