@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from tests.vm.initramfs import Kernel
 
 QEMU = "qemu-system-x86_64"
 VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")  # of qemu-system-common
-SOCKET = "virtiofs.sock"  # relative: a socket's path may have 107 bytes only
+# Relative: a socket's path may have 107 bytes only. virtiofsd locks a file of that name: two machines may run at once.
+SOCKET = "virtiofs-{}.sock"
 MEMORY = "3G"
 CPUS = 2
 BOOT_LIMIT_S = 60  # measured: 4 s alone, three times that beside other work
@@ -64,7 +66,7 @@ def _run_once(kernel: Kernel, command: str, repo: Path, work_dir: Path, timeout_
     start = time.monotonic()
     up_at: float | None = None
     limit = BOOT_LIMIT_S + timeout_s
-    with _host_root_served(work_dir, limit), _qemu(kernel, archive, work_dir, limit) as qemu:
+    with _host_root_served(work_dir, limit) as served, _qemu(served, kernel, archive, work_dir, limit) as qemu:
         while True:
             ended = qemu.poll() is not None  # before the look at the output: what came last is then there
             text = output.read_text(errors="replace") if output.exists() else ""
@@ -111,24 +113,28 @@ def _process(argv: list[str], name: str, work_dir: Path, limit_s: float) -> Iter
 
 
 @contextmanager
-def _host_root_served(work_dir: Path, limit_s: float) -> Iterator[None]:
+def _host_root_served(work_dir: Path, limit_s: float) -> Iterator[str]:
+    """Name of the socket at which virtiofsd serves the root, in `work_dir`."""
+    name = SOCKET.format(uuid.uuid4().hex)
     options = ["-f", "-o", "source=/", "-o", "cache=always", "-o", "sandbox=chroot", "-o", "log_level=warn"]
-    argv = [str(VIRTIOFSD), f"--socket-path={SOCKET}", *options]
+    argv = [str(VIRTIOFSD), f"--socket-path={name}", *options]
     with _process(argv, "virtiofsd", work_dir, limit_s) as child:
         deadline = time.monotonic() + KILL_GRACE_S
-        while not (work_dir / SOCKET).exists():
+        while not (work_dir / name).exists():
             if child.poll() is not None or time.monotonic() > deadline:
                 raise VmError(f"virtiofsd did not start\n{_said(work_dir)}")
             time.sleep(POLL_S)
-        yield
+        yield name
 
 
 @contextmanager
-def _qemu(kernel: Kernel, archive: Path, work_dir: Path, limit_s: float) -> Iterator[subprocess.Popen[bytes]]:
+def _qemu(
+    served: str, kernel: Kernel, archive: Path, work_dir: Path, limit_s: float
+) -> Iterator[subprocess.Popen[bytes]]:
     machine = ["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(CPUS), "-m", MEMORY]
     # virtiofsd reads the guest's memory: it must be shareable.
     memory = ["-object", f"memory-backend-memfd,id=mem,size={MEMORY},share=on", "-numa", "node,memdev=mem"]
-    root = ["-chardev", f"socket,id=fs,path={SOCKET}", "-device", "vhost-user-fs-pci,chardev=fs,tag=host"]
+    root = ["-chardev", f"socket,id=fs,path={served}", "-device", "vhost-user-fs-pci,chardev=fs,tag=host"]
     ports = ["-serial", "file:console.log", "-serial", "file:output.log"]
     boot = ["-kernel", str(kernel.image), "-initrd", str(archive)]
     # panic=-1 with -no-reboot: a panic ends the machine at once. Mitigations only cost time under emulation.
