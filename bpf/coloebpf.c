@@ -17,6 +17,7 @@
 #include "vessel.h"
 #include "translate.h"
 #include "drain.c"
+#include "partial.c"
 #include "primary.c"
 #include "split.c"
 #include "link.c"

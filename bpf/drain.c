@@ -189,7 +189,7 @@ int drain(struct __sk_buff *skb)
 				at.count->lowered++;
 			if (f->key.kind == KIND_TCP)
 				note_timestamps(f, slot, h);
-			u64 ns = now - h->since_ns, log = 0;
+			u64 ns = (s64)(now - h->since_ns) > 0 ? now - h->since_ns : 0, log = 0; /* the clock was read before the lock was had */
 #pragma unroll
 			for (int s = 5; s >= 0; s--) /* log2 */
 				if (ns >> (1u << s)) {

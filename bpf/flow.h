@@ -84,11 +84,32 @@ static __always_inline void p_append(struct flow *f, struct held_table *t, u32 i
 		f->p_next = index;
 }
 
+/* PVM list, in front of what is still to be proven: a proven piece that the PVM sends again. The client waits for it before it acknowledges anything,
+ * and so does the SVM before it goes on. */
+static __always_inline void p_urge(struct flow *f, struct held_table *t, u32 index)
+{
+	struct held *h = record(t, index), *before = record(t, f->p_urgent);
+	if (f->p_urgent == NONE) {
+		h->next = f->p_head;
+		f->p_head = index;
+	} else {
+		h->next = before->next;
+		before->next = index;
+	}
+	if (h->next == NONE)
+		f->p_tail = index;
+	f->p_urgent = index;
+	f->p_count++;
+	f->p_proven++;
+}
+
 static __always_inline void p_unlink_head(struct flow *f, struct held_table *t)
 {
 	struct held *h = record(t, f->p_head);
 	if (f->p_next == f->p_head)
 		f->p_next = h->next;
+	if (f->p_urgent == f->p_head)
+		f->p_urgent = NONE;
 	if (f->frag_first == f->p_head)
 		f->frag_first = NONE;
 	if (h->flags & HELD_PROVEN)
@@ -155,7 +176,9 @@ static __always_inline u64 idle_limit(const struct flow *f)
 {
 	if (f->key.kind != KIND_TCP)
 		return IDLE_OTHER;
-	if (f->flags & (FLOW_RST | FLOW_FIN | FLOW_CLIENT_FIN))
+	u32 fins = f->flags & (FLOW_FIN | FLOW_CLIENT_FIN);
+	/* A translation is needed until both sides have closed: without it the SVM's numbers are wrong. */
+	if ((f->flags & FLOW_RST) || (f->flags & FLOW_DELTA ? fins == (FLOW_FIN | FLOW_CLIENT_FIN) : fins))
 		return IDLE_CLOSED;
 	return f->flags & (FLOW_OPEN | FLOW_DELTA) ? IDLE_TCP : IDLE_HALF_OPEN;
 }
@@ -231,7 +254,7 @@ static __always_inline bool make_flow(const struct place *at, struct flow_key *k
 	f->flags = FLOW_LIVE;
 	f->last_ns = now;
 	f->epoch = at->epoch;
-	f->p_head = f->p_tail = f->p_next = f->s_head = f->s_tail = f->frag_first = NONE;
+	f->p_head = f->p_tail = f->p_urgent = f->p_next = f->s_head = f->s_tail = f->frag_first = NONE;
 	bpf_spin_unlock(&f->lock);
 	ref->index = index;
 	ref->generation = generation;

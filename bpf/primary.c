@@ -677,6 +677,10 @@ int p4_prove(struct __sk_buff *skb)
 		at.count->svm_unparked++;
 		give_slot(used);
 	}
+	if (take == TAKE_PARTIAL) {
+		skb->cb[CB_FLOW] = flow;
+		tc_stages.call(skb, STAGE_PARTIAL);
+	}
 	if (take == TAKE_DRAIN) {
 		skb->cb[CB_FLOW] = flow;
 		skb->cb[CB_MODE] = 0;

@@ -3,6 +3,7 @@
 enum take {
 	TAKE_PASS,    /* P2: the packet goes on as it is */
 	TAKE_HOLD,    /* linked; somebody else will release it */
+	TAKE_PARTIAL, /* P4: this program is now the owner and must send what is matched of the first packet (bpf/partial.c) */
 	TAKE_DRAIN,   /* linked or used; this program is now the owner and must drain */
 	TAKE_FULL,    /* the flow's list is full: the newest is refused */
 	TAKE_STORE,   /* P4: needs a slot, come again with one */
@@ -225,7 +226,10 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 		f->flags |= FLOW_REFILL; /* it may fill the hole before what is held */
 	if (h->type == HELD_SYN || (h->type == HELD_DATA && seq_lt(f->p_high, h->end)))
 		f->p_high = h->end;
-	p_append(f, t, index);
+	if ((h->flags & HELD_PROVEN) && !f->owner) /* an owner may count on what is in front */
+		p_urge(f, t, index);
+	else
+		p_append(f, t, index);
 	if (f->owner) {
 		f->work = 1;
 		return TAKE_HOLD;
@@ -265,6 +269,13 @@ static __always_inline u32 drain_or(struct flow *f, struct held_table *t, u32 ot
 	return TAKE_DRAIN;
 }
 
+/* Is the PVM's first record matched in part? Under the lock. */
+static __always_inline bool partly_matched(const struct flow *f, const struct held *h)
+{
+	return h->type == HELD_DATA && !(h->flags & HELD_PROVEN) && !h->sack && h->epoch == f->epoch && seq_lt(f->proven, f->matched) &&
+	       seq_lt(h->start, f->matched) && seq_lt(f->matched, h->end) && (!(h->flags & HELD_ACKS) || (f->flags & FLOW_S_ACK));
+}
+
 /* An SVM packet, not stored yet. */
 static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, const struct held *s, bool low)
 {
@@ -273,8 +284,13 @@ static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, c
 		return drain_or(f, t, TAKE_SWALLOW);
 	if (s->type == HELD_SYN && (f->flags & FLOW_SVM_SYN) && f->svm_isn == s->from)
 		return drain_or(f, t, TAKE_SWALLOW); /* the SVM sends its SYN again */
-	if (s->type == HELD_DATA && (f->flags & FLOW_BASED) && seq_le(s->end, f->matched))
-		return drain_or(f, t, TAKE_SWALLOW); /* the SVM sends again what was compared */
+	if (s->type == HELD_DATA && (f->flags & FLOW_BASED) && seq_le(s->end, f->matched)) { /* the SVM sends again what was compared */
+		if (!f->owner && f->p_head != NONE && partly_matched(f, record(t, f->p_head))) {
+			f->owner = 1;
+			return TAKE_PARTIAL;
+		}
+		return drain_or(f, t, TAKE_SWALLOW);
+	}
 	if (!f->owner && !f->s_count && f->p_next != NONE) {
 		struct held *p = record(t, f->p_next);
 		if (!(p->flags & HELD_PROVEN) && same_piece(f, p, s)) {

@@ -123,6 +123,7 @@ struct flow {
 	u32 p_head, p_tail, p_count; /* PVM packets held, in the PVM's order */
 	u32 p_proven;   /* HELD_PROVEN ones of them */
 	u32 frag_first, frag_id; /* the PVM's datagram whose fragments come now: its first record, or NONE; its identification */
+	u32 p_urgent;   /* TCP: the last of those in front that the PVM sent again, or NONE */
 	u32 p_next;     /* TCP: the record that matching is at, or NONE */
 	u32 s_head, s_tail, s_count; /* SVM output that is ahead; TCP: by stream position */
 	u32 proven;     /* TCP stream: all before it was proven or committed */
@@ -282,6 +283,7 @@ struct counters {
 	u64 dropped[32];                        /* by enum drop */
 	u64 events_lost;                        /* ring buffer full */
 	u64 timeouts, high_waters, kicks;
+	u64 partial;                            /* matched parts of held packets that left early (bpf/partial.c) */
 };
 
 struct histogram {

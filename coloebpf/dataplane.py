@@ -26,7 +26,7 @@ MARK_SHIFT, MARK_MAX = 20, 0xFFF  # of skb->mark the upper 12 bits are the secre
 MAX_VLAN = 4094
 
 # STAGE_* of bpf/maps.h
-TC_STAGES = ("drain", "split", "p4_prove", "s1_deliver", "pass_whole", "hold", "split_udp")
+TC_STAGES = ("drain", "split", "p4_prove", "s1_deliver", "pass_whole", "hold", "split_udp", "partial")
 XDP_STAGES = ("p3_arrive", "s1_arrive")
 HASH_TABLES, HASH_PAD = (4096, 16384), 16  # STREAM_WORDS, DGRAM_WORDS, HASH_PAD of bpf/constants.h
 

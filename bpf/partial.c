@@ -1,0 +1,87 @@
+/* The first half of a held packet. The SVM's segments end elsewhere than the PVM's: when it sends again what is matched, but the packet that it matches
+ * in part can't leave, the client never acknowledges that part, so the SVM repeats it for ever and never comes to the rest. Then the matched part
+ * leaves on its own; the packet stays in its place and leaves whole when the rest is proven (the client drops what it has). */
+
+/* Tail-called by P4, which made itself the flow's owner. */
+int partial(struct __sk_buff *skb)
+{
+	u32 zero = 0, index = skb->cb[CB_FLOW], cpu = bpf_get_smp_processor_id(), ack = 0, cut = 0, staged = 0;
+	struct flow *f = flows.lookup(&index);
+	struct held_table *t = held.lookup(&zero);
+	struct scratch *notes = scratch.lookup(&zero);
+	struct held part = {};
+	struct place at;
+	bool any = false, work = false;
+	u16 win = 0;
+
+	if (!f || !t || !notes || !place_of_id(&at, f->key.nic))
+		return VERDICT_DROP;
+	bpf_spin_lock(&f->lock);
+	u32 head = f->p_head;
+	struct held *h = record(t, head);
+	if (head != NONE && at.state == LOCKSTEP && f->epoch == at.epoch && partly_matched(f, h) && may_emit(f, cpu, notes->now)) {
+		account_release(f, h, &ack, &win);
+		part = *h;
+		cut = f->matched - h->start;
+		f->in_flight++;
+		f->emit_cpu = cpu;
+		f->emit_ns = notes->now;
+		any = true;
+	}
+	bpf_spin_unlock(&f->lock);
+
+	struct slot *slot = slab.lookup(&head);
+	u32 l4 = part.l4, payload = part.payload, l3 = 14 + (f->key.vlan[0] ? 4 : 0) + (f->key.vlan[1] ? 4 : 0), len = payload + cut;
+	if (any && slot && l4 <= 512 && l4 >= l3 + 20 && payload >= l4 + 20 && len <= SLOT_BYTES - 64) {
+		BOUND(l3, 0x1f);
+		BOUND(l4, 0x3ff);
+		BOUND(len, SLOT_BYTES - 1);
+		u8 *ip = slot->byte + l3, *tcp = slot->byte + l4;
+		u32 *behind = (u32 *)(slot->byte + len), kept = *behind, l4_len = len - l4;
+		u64 ip_kept = *(u64 *)(ip + 4), tcp_kept[2] = {*(u64 *)(tcp + 8), *(u64 *)(tcp + 16)};
+		u16 ip_length = *(u16 *)(ip + 2), ip_check = *(u16 *)(ip + 10);
+		bool ip4 = f->key.guest[2] == bpf_htonl(0xffff) && !f->key.guest[0] && !f->key.guest[1];
+		if (ip4) {
+			*(u16 *)(ip + 2) = bpf_htons(len - l3);
+			*(u16 *)(ip + 10) = sum_replace(ip_check, ip_length, bpf_htons(len - l3));
+		} else {
+			*(u16 *)(ip + 4) = bpf_htons(len - l3 - 40);
+		}
+		*(u32 *)(tcp + 8) = bpf_htonl(ack);
+		tcp[13] &= ~TCP_FIN;
+		*(u16 *)(tcp + 14) = bpf_htons(win);
+		*(u16 *)(tcp + 16) = 0;
+		*behind = 0; /* the sum goes by fours */
+		*(u16 *)(tcp + 16) = ~fold(slot_sum(slot, l4, l4_len) + pseudo_sum(&f->key, l4_len));
+		*behind = kept;
+		part.len = len;
+		staged = load_vessel(skb, &at, slot, &part, index, f->generation, false);
+		*(u64 *)(tcp + 8) = tcp_kept[0];
+		*(u64 *)(tcp + 16) = tcp_kept[1];
+		if (ip4) {
+			*(u16 *)(ip + 2) = ip_length;
+			*(u16 *)(ip + 10) = ip_check;
+		} else {
+			*(u64 *)(ip + 4) = ip_kept;
+		}
+		at.count->partial++;
+	}
+	if (any && !staged)
+		drop(&at, DROP_EMIT);
+	bpf_spin_lock(&f->lock);
+	if (f->work) {
+		f->work = 0;
+		work = true;
+	} else {
+		f->owner = 0;
+	}
+	bpf_spin_unlock(&f->lock);
+	if (work) {
+		skb->cb[CB_MODE] = 0;
+		skb->cb[CB_OWN] = 0;
+		skb->cb[CB_STAGED] = staged;
+		skb->cb[CB_PARTIAL] = 0;
+		tc_stages.call(skb, STAGE_DRAIN);
+	}
+	return staged ? bpf_redirect(at.nic->vif, BPF_F_INGRESS) : VERDICT_DROP;
+}
