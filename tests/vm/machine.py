@@ -22,6 +22,7 @@ QEMU = "qemu-system-x86_64"
 VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")  # of qemu-system-common
 # Relative: a socket's path may have 107 bytes only. virtiofsd locks a file of that name: two machines may run at once.
 SOCKET = "virtiofs-{}.sock"
+PID_DIR = Path("/run/virtiofsd")  # where that file is; nobody else takes it away
 MEMORY = "3G"
 CPUS = 2
 BOOT_LIMIT_S = 60  # measured: 4 s alone, three times that beside other work
@@ -125,6 +126,7 @@ def _host_root_served(work_dir: Path, limit_s: float) -> Iterator[str]:
                 raise VmError(f"virtiofsd did not start\n{_said(work_dir)}")
             time.sleep(POLL_S)
         yield name
+    (PID_DIR / f"{name}.pid").unlink(missing_ok=True)
 
 
 @contextmanager
