@@ -68,6 +68,11 @@ class Sizes:
     slots: int = 65536
     flows: int = 65536
 
+    @classmethod
+    def of_mtu(cls, mtu: int) -> "Sizes":
+        """The usual sizes: slots for jumbo frames take 16 KiB each, so there are fewer."""
+        return cls(mtu=mtu, slots=8192 if mtu > 1500 else cls.slots)
+
     @property
     def jumbo(self) -> bool:
         """Frames don't fit slots of 2 KiB."""

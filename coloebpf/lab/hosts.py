@@ -25,7 +25,7 @@ def bring_up(plan: LabPlan, sizes: Sizes | None = None) -> None:
     """
     # Here, where the machine's own namespace is at hand: the number is the machine's, and a lab's namespace doesn't
     # show it.
-    tuning.raise_backlog(2 * (sizes or Sizes(mtu=plan.mtu)).slots, first="/proc/thread-self/ns/net")
+    tuning.raise_backlog(2 * (sizes or Sizes.of_mtu(plan.mtu)).slots, first="/proc/thread-self/ns/net")
     # A process for each host: compiling takes seconds, and a real host has a loader of its own. Spawned, not forked, so
     # that nothing of this process (sockets, signal handlers) is shared.
     with ProcessPoolExecutor(max_workers=len(HOSTS), mp_context=get_context("spawn")) as pool:
@@ -40,7 +40,7 @@ def bring_up(plan: LabPlan, sizes: Sizes | None = None) -> None:
 def attach(plan: LabPlan, host: str, sizes: Sizes | None = None) -> None:
     """Load the programs for one host and hook them up in its namespace."""
     with inside(plan.namespace(host)):
-        dataplane = Dataplane.load(plan.pin_dir(host), sizes or Sizes(mtu=plan.mtu))
+        dataplane = Dataplane.load(plan.pin_dir(host), sizes or Sizes.of_mtu(plan.mtu))
         for nic in plan.nic_list():
             dataplane.attach(
                 NicSpec(nic=nic.nic, pair=PAIR, role=ROLES[host], vif=nic.vif, fwd=nic.fwd, vlan=nic.vlan, mac=nic.mac)

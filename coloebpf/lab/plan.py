@@ -153,15 +153,31 @@ class LabPlan:
             for host, guest in zip(HOSTS, GUESTS, strict=True)
             for nic in self.nic_list()
         ]
-        forward = {
-            nic.fwd: Link(
-                End("primary", nic.fwd, f"02:c0:10:03:01:{nic.nic:02x}"),
-                End("secondary", nic.fwd, f"02:c0:10:03:02:{nic.nic:02x}"),
-                self.mtu + FWD_HEADROOM,
-            )
-            for nic in reversed(self.nic_list())
-        }
-        return lan + vifs + list(reversed(forward.values()))
+        return lan + vifs + self._forward_links()
+
+    def _forward_links(self) -> list[Link]:
+        links = []
+        for number, fwd in enumerate(dict.fromkeys(nic.fwd for nic in self.nic_list())):
+            primary = End("primary", fwd, f"02:c0:10:03:01:{number:02x}")
+            secondary = End("secondary", fwd, f"02:c0:10:03:02:{number:02x}")
+            mtu = self.mtu + FWD_HEADROOM
+            if not self.wires():
+                links.append(Link(primary, secondary, mtu))
+                continue
+            links.append(Link(primary, End("lan", f"wp{number}", f"02:c0:10:03:03:{number:02x}"), mtu))
+            links.append(Link(secondary, End("lan", f"ws{number}", f"02:c0:10:03:04:{number:02x}"), mtu))
+        return links
+
+    def wires(self) -> list[tuple[End, list[str]]]:
+        """Bridges that forward links go through, with their ports.
+
+        A veth takes no native XDP for jumbo frames, and generic XDP ignores frames that a BPF program redirected; the
+        mark of that survives a veth, as no wire would let it. A bridge in between clears it.
+        """
+        if self.mtu <= 1500:
+            return []
+        fwds = dict.fromkeys(nic.fwd for nic in self.nic_list())
+        return [(End("lan", f"wire{n}", f"02:c0:10:03:05:{n:02x}"), [f"wp{n}", f"ws{n}"]) for n in range(len(fwds))]
 
     def devices(self, node: str) -> list[str]:
         """The names of the lab's devices on `node`; a kernel may put tunnel devices of its own beside them."""

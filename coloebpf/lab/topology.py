@@ -60,7 +60,7 @@ def build(plan: LabPlan) -> None:
         with netlink(plan.namespace(node)) as route:
             _sysctl(TALKING if plan.talks and node in ("client", *GUESTS) else SILENT)
             route.link("set", index=1, state="up")
-    for bridge in plan.bridges():
+    for bridge in [*plan.bridges(), *(wire for wire, _ in plan.wires())]:
         _add_bridge(plan, bridge)
     for link in plan.links():
         _add_veth(plan, link.one, link.other, link.mtu)
@@ -73,6 +73,11 @@ def build(plan: LabPlan) -> None:
     for node, port in plan.bridge_ports():
         with netlink(plan.namespace(node)) as route:
             route.link("set", index=_index(route, port), master=_index(route, "br0"))
+    for wire, ports in plan.wires():
+        with netlink(plan.namespace(wire.node)) as route:
+            for port in ports:
+                route.link("set", index=_index(route, port), master=_index(route, wire.device))
+            route.link("set", index=_index(route, wire.device), state="up")
     for node in ("lan", "primary", "secondary"):
         with netlink(plan.namespace(node)) as route:
             for device in plan.devices(node):
