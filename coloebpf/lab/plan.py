@@ -182,7 +182,8 @@ class LabPlan:
     def devices(self, node: str) -> list[str]:
         """The names of the lab's devices on `node`; a kernel may put tunnel devices of its own beside them."""
         ends = [end for link in self.links() for end in (link.one, link.other)]
-        return [end.device for end in (*self.bridges(), *ends) if end.node == node]
+        bridges = (*self.bridges(), *(wire for wire, _ in self.wires()))
+        return [end.device for end in (*bridges, *ends) if end.node == node]
 
 
 def check_name(name: str) -> str:

@@ -57,7 +57,7 @@ def test_the_record_tells_each_device_as_it_is(wires: Wires, vlan: bool) -> None
         assert row["namespace"] == record["namespaces"][node] == plan.namespace(node)
         with inside(row["namespace"]):
             assert socket.if_nametoindex(name) == row["ifindex"]
-        assert row["mtu"] == (9008 if name.startswith("fwd") else 9000)
+        assert row["mtu"] == (9008 if name.startswith(("fwd", "wire", "wp", "ws")) else 9000)
     assert rows["pvm", "eth1"]["mac"] == rows["svm", "eth1"]["mac"] == record["nics"][1]["mac"]
     assert rows["client", "eth0"]["mac"] == record["client_mac"]
 
