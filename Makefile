@@ -2,7 +2,7 @@
 VENV := .venv
 PY   := $(VENV)/bin/python
 
-.PHONY: help deps deps-test venv lint test lab bench vm-test clean
+.PHONY: help deps deps-test venv lint test lab bench stress traffic vm-test clean
 
 help:
 	@echo "make lab      install what is needed and run the show: two replicas in lock-step on this machine"
@@ -46,6 +46,18 @@ bench:
 	$(MAKE) deps-test
 	$(MAKE) venv
 	$(PY) -m tests.bench
+
+# COLO_STRESS_PACKETS sets how many (10 million, the default, are part of `make test` too).
+stress:
+	$(MAKE) deps-test
+	$(MAKE) venv
+	$(PY) -m pytest tests/lab/test_stress.py
+
+# Real servers and clients at the full sizes of docs/measurements.md; takes long.
+traffic:
+	$(MAKE) deps-test
+	$(MAKE) venv
+	COLO_TRAFFIC=full $(PY) -m pytest tests/lab/test_traffic.py
 
 vm-test:
 	$(MAKE) deps-test
