@@ -27,7 +27,7 @@ PASS, DROP, REDIRECT = -1, 2, 7  # verdicts of tc programs
 XDP_DROP, XDP_PASS = 1, 2
 NONE = 0xFFFFFFFF
 NEVER_NS = 3600 * 10**9
-SECOND_NS = 10**9
+LONG_AGO_NS = 1_000_000 * 10**9  # longer than any idle limit (IDLE_* of bpf/constants.h)
 # Offsets in struct __sk_buff (linux/bpf.h) of what BPF_PROG_TEST_RUN takes.
 SKB_IFINDEX, SKB_MARK, SKB_GSO_SEGS, SKB_GSO_SIZE = 40, 8, 164, 176
 XDP_MD = struct.Struct("=6I")  # data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
@@ -158,8 +158,8 @@ class Rig:
             flow = self.control.shapes.leaf("flows")()
             bpfsys.lookup(fd, ct.c_uint32(index), flow)
             if flow.flags & 1:
-                flow.last_ns = flow.emit_ns = flow.in_flight = 0
-                flow.last_ns = (1 << 64) - 30_000 * SECOND_NS
+                flow.emit_ns = flow.in_flight = 0
+                flow.last_ns = (1 << 64) - LONG_AGO_NS
                 bpfsys.update(fd, ct.c_uint32(index), flow)
 
     def set_timeout(self, ns: int) -> None:
