@@ -71,5 +71,7 @@ class Loss:
     ) -> None:
         with inside(self._namespace), IPRoute() as route:
             index = route.link_lookup(ifname=self._device)[0]
-            route.tc("del-filter", "bpf", index, handle=1, prio=PREFERENCE, protocol=ETH_P_ALL, parent=PARENTS[self._side])
+            route.tc(
+                "del-filter", "bpf", index, handle=1, prio=PREFERENCE, protocol=ETH_P_ALL, parent=PARENTS[self._side]
+            )
         self._module.cleanup()
