@@ -1,4 +1,4 @@
-"""A server of seeded data and a client that checks it, run in the lab's namespaces: `traffic.py serve|fetch`.
+"""A server of seeded data and a client that checks it, run in the lab's namespaces. `python -m tests.lab.traffic serve|fetch`.
 
 The server knows no clock, no header and no state: what it answers depends on the request alone, so replicas agree.
 A request is one line, "SIZE SEED\\n"; the answer is SIZE bytes that follow from SEED.
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 PORT = 7000
 BLOCK = 1 << 18  # bytes; each block of an answer differs from every other
 READ = 1 << 18
-PATIENCE = 60.0  # seconds without a byte after which a download counts as stuck
+PATIENCE = 10.0  # seconds without a byte after which a download counts as stuck
 
 
 def blocks(size: int, seed: int) -> Iterator[bytes]:
