@@ -301,7 +301,7 @@ static __always_inline bool behind(const struct flow *f, u32 epoch) { return (s3
 static __always_inline void rebase(struct flow *f, u32 epoch)
 {
 	f->epoch = epoch;
-	f->flags &= ~(FLOW_DIVERGED | FLOW_LATE | FLOW_TOLD | FLOW_SEEK);
+	f->flags &= ~(FLOW_DIVERGED | FLOW_LATE | FLOW_TOLD | FLOW_SEEK | FLOW_FRESH);
 	f->matched = f->proven;
 	f->p_next = f->p_head; /* matching skips what is committed */
 	f->svm_isn = f->pvm_isn;

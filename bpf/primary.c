@@ -205,7 +205,7 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 	} else if (at->state != LOCKSTEP || (f->epoch != at->epoch && kind == KIND_TCP)) { /* proves nothing now; keeps its place */
 		take = f->p_count >= MAX_FIFO ? TAKE_FULL : TAKE_HOLD;
 		if (!(f->flags & FLOW_BASED) && !f->p_count && (h->type == HELD_DATA || h->type == HELD_ACK))
-			start_stream(f, h->from); /* as p_take_stream() does */
+			start_stream(f, h->from); /* as p_take_stream() does; the commit that follows covers it */
 		if (take == TAKE_HOLD) {
 			p_append(f, t, index);
 			if (f->owner) {

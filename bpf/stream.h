@@ -44,7 +44,7 @@ static __always_inline bool releasable(const struct flow *f, const struct held *
 
 static __always_inline void start_stream(struct flow *f, u32 at)
 {
-	f->flags |= FLOW_BASED;
+	f->flags = (f->flags & ~FLOW_FRESH) | FLOW_BASED;
 	f->proven = f->matched = at;
 }
 
@@ -146,7 +146,7 @@ static __always_inline void end_piece(struct flow *f, const struct held *p, u32 
 		f->flags = (f->flags & ~FLOW_SVM_SYN) | FLOW_RST;
 	} else {
 		f->proven = f->matched = p->end;
-		f->flags |= FLOW_OPEN;
+		f->flags = (f->flags & ~FLOW_FRESH) | FLOW_OPEN;
 		if (p->flags & HELD_FIN) /* a SYN from here on is another connection's, even with the same number */
 			f->flags = (f->flags & ~FLOW_SVM_SYN) | FLOW_FIN;
 	}
@@ -156,7 +156,7 @@ static __always_inline void end_piece(struct flow *f, const struct held *p, u32 
 static __always_inline bool repeats(const struct flow *f, const struct held *h)
 {
 	if (h->type == HELD_DATA)
-		return (f->flags & FLOW_BASED) && seq_le(h->end, f->proven);
+		return (f->flags & (FLOW_BASED | FLOW_FRESH)) == FLOW_BASED && seq_le(h->end, f->proven);
 	return h->type == HELD_SYN && (f->flags & FLOW_SVM_SYN) && h->from == f->pvm_isn && h->digest == f->syn_digest;
 }
 
@@ -193,8 +193,14 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 	bool alone = single && !h->sack && !f->p_count && !f->owner && may_pass(f, now);
 	bool acked = !(h->flags & HELD_ACKS) || (f->flags & FLOW_S_ACK);
 
-	if (!(f->flags & FLOW_BASED) && (h->type == HELD_DATA || h->type == HELD_ACK))
+	if (!(f->flags & FLOW_BASED) && (h->type == HELD_DATA || h->type == HELD_ACK)) {
 		start_stream(f, h->from); /* what the PVM sent before was before its protection */
+		f->flags |= FLOW_FRESH;
+	} else if ((f->flags & FLOW_FRESH) && h->type == HELD_DATA && seq_lt(h->from, f->proven) && f->matched == f->proven && !f->owner) {
+		f->proven = f->matched = h->from; /* unless that was only its second piece: nothing below the base was ever compared */
+		if (f->p_count)
+			f->flags |= FLOW_GAP | FLOW_REFILL;
+	}
 	if (h->type == HELD_ACK)
 		f->flags |= FLOW_OPEN; /* a guest that only receives never sends data */
 	if (h->type == HELD_ACK && alone && acked && seq_le(h->ack, f->s_ack))

@@ -159,6 +159,7 @@ struct flow {
 #define FLOW_REFILL 0x400u  /* and what fills the hole may be behind it */
 #define FLOW_SEEK 0x800u    /* matching looks for that */
 #define FLOW_REFUSED 0x100000u /* PVM data found no room: nothing beyond `p_refused` is taken before they come again */
+#define FLOW_FRESH 0x200000u /* the base is the first packet that was seen, and nothing is proven yet */
 #define FLOW_OPEN 0x1000u   /* handshake seen complete */
 /* secondary */
 #define FLOW_SVM_ISN 0x2000u

@@ -170,3 +170,13 @@ def test_each_flow_waits_for_itself_alone(wire: Wire) -> None:
     for talk in reversed(talks):
         wire.svm(talk.tcp(1, b"answer"))
         same_frames(wire.released(1), [talk.tcp(1, b"answer")])
+
+
+def test_a_flow_met_in_the_middle_lets_nothing_below_its_first_packet_pass(wire: Wire) -> None:
+    talk = Talk(wire)
+    wire.svm(talk.tcp(5000, ack=1000))
+    wire.pvm(talk.tcp(200, b"second", flags="PA"))
+    wire.pvm(talk.tcp(100, b"first" * 20, flags="PA"))
+    assert wire.released() == []
+    wire.svm(talk.tcp(100, b"first" * 20), talk.tcp(200, b"second"))
+    assert len(wire.released(2)) == 2
