@@ -186,6 +186,17 @@ static __always_inline bool refuses(struct flow *f, const struct held *h, bool l
 	return full;
 }
 
+/* Until something is proven, a flow that was met in the middle begins at the lowest piece that either VM has sent: nothing below was ever compared. */
+static __always_inline void lower_base(struct flow *f, const struct held *h)
+{
+	u32 no = !(f->flags & FLOW_FRESH) | (h->type ^ HELD_DATA) | (f->matched ^ f->proven) | f->owner; /* one branch: the verifier counts them */
+	if (no || !seq_lt(h->from, f->proven))
+		return;
+	f->proven = f->matched = h->from;
+	if (f->p_count)
+		f->flags |= FLOW_GAP | FLOW_REFILL;
+}
+
 /* A PVM packet, its record filled in. `single`: it may pass, or its program become the owner; a segment of a super-packet may not.
  * `*used`: a slot of the SVM's that it used up. */
 static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u32 index, struct held *h, u64 now, bool single, u32 *used)
@@ -194,12 +205,12 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 	bool acked = !(h->flags & HELD_ACKS) || (f->flags & FLOW_S_ACK);
 
 	if (!(f->flags & FLOW_BASED) && (h->type == HELD_DATA || h->type == HELD_ACK)) {
-		start_stream(f, h->from); /* what the PVM sent before was before its protection */
+		const struct held *r = record(t, f->s_head);
+		bool below = f->s_head != NONE && r->type == HELD_DATA && seq_lt(r->from, h->from);
+		start_stream(f, below ? r->from : h->from); /* what the PVM sent before was before its protection */
 		f->flags |= FLOW_FRESH;
-	} else if ((f->flags & FLOW_FRESH) && h->type == HELD_DATA && seq_lt(h->from, f->proven) && f->matched == f->proven && !f->owner) {
-		f->proven = f->matched = h->from; /* unless that was only its second piece: nothing below the base was ever compared */
-		if (f->p_count)
-			f->flags |= FLOW_GAP | FLOW_REFILL;
+	} else {
+		lower_base(f, h);
 	}
 	if (h->type == HELD_ACK)
 		f->flags |= FLOW_OPEN; /* a guest that only receives never sends data */
@@ -286,6 +297,7 @@ static __always_inline bool partly_matched(const struct flow *f, const struct he
 static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, const struct held *s, bool low)
 {
 	note_svm_ack(f, s);
+	lower_base(f, s);
 	if (s->type == HELD_ACK || (f->flags & FLOW_DIVERGED))
 		return drain_or(f, t, TAKE_SWALLOW);
 	if (s->type == HELD_SYN && (f->flags & FLOW_SVM_SYN) && f->svm_isn == s->from)
