@@ -142,7 +142,8 @@ class Oracle:
         """The proven first half of a held packet may leave while the whole waits (bpf/partial.c)."""
         data = bytes(part.payload)
         a = (part.seq - self.script.start) % (1 << 32)
-        assert data and a + len(data) <= reach(self.said), f"unproven: {a} to {a + len(data)}"
+        assert data
+        assert a + len(data) <= reach(self.said), f"unproven: {a} to {a + len(data)}"
         assert data == STREAM[a : a + len(data)]
 
     def check_order(self) -> None:
