@@ -88,6 +88,14 @@ def test_status_and_checkpoint_read_well(servers: Lab) -> None:
     assert text.startswith("epoch ")
 
 
+def runs(pid: int) -> bool:
+    """Neither gone nor a zombie that its new parent has not collected yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_down_leaves_no_pin_no_process_and_no_namespace(make_lab: LabMaker) -> None:
     lab = make_lab(guests="process", command=redis.SERVER)
     assert all(any(lab.plan.pin_dir(host).iterdir()) for host in HOSTS)
@@ -97,7 +105,7 @@ def test_down_leaves_no_pin_no_process_and_no_namespace(make_lab: LabMaker) -> N
     assert not lab.plan.run_dir.exists()
     assert not lab.plan.pin_base.exists()
     assert list(Path("/run/netns").glob(f"colo-{lab.plan.name}-*")) == []
-    assert [pid for pid in processes if Path(f"/proc/{pid}").exists()] == []
+    assert [pid for pid in processes if runs(pid)] == []
     assert guests.with_arguments(["lab", "agent", "--name", lab.plan.name]) == []
 
 
