@@ -19,7 +19,7 @@ from tests.bench.workloads import Order, Workload
 
 pytestmark = pytest.mark.lab
 
-PACKETS = int(os.environ.get("COLO_STRESS_PACKETS", "10_000_000"))
+PACKETS = int(os.environ.get("COLO_STRESS_PACKETS", "3_000_000"))
 ROUND_S = 4.0  # of one mix of flows, sizes and leads
 SEED = int(os.environ.get("COLO_STRESS_SEED", str(time.time_ns() & 0xFFFFFFFF)))
 
