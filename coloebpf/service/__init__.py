@@ -1,0 +1,1 @@
+"""The service that runs on each host, on top of the dataplane."""
