@@ -27,3 +27,11 @@ class LabError(ColoError):
 
 class ConfigError(ColoError):
     """A value that was given is wrong."""
+
+
+class MachineError(ColoError):
+    """A trigger that can't happen in a pair's state."""
+
+
+class EngineError(ColoError):
+    """An engine can't do what was asked of it."""

@@ -1,0 +1,71 @@
+"""What an engine is: it makes the SVM a copy of the PVM when asked, and tells how far it is (docs/design.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The engine can be asked for checkpoints now; on the primary the first one makes the SVM."""
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """The PVM stands still: what it sent before belongs to this checkpoint, and the old SVM proves nothing any more."""
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The secondary has the whole state as of the last Suspended."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The checkpoint did not come about. `fatal`: nor will another, the engine has come to its end."""
+
+    reason: str
+    fatal: bool = False
+
+
+@dataclass(frozen=True)
+class SecondaryGone:
+    """On the primary: the PVM lives, its SVM does not."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class DomainGone:
+    """This host's own guest is gone: destroyed, crashed, shut down."""
+
+    reason: str
+
+
+EngineEvent = Ready | Suspended | Committed | Failed | SecondaryGone | DomainGone
+Emit = Callable[[EngineEvent], None]
+
+
+class Engine(Protocol):
+    """One guest's engine on one host. It calls the `emit` of its constructor on the event loop, in the order of events.
+
+    An engine with `signals_suspended` False tells Suspended and Committed together, when the checkpoint is whole: it
+    needs the careful order (the secondary clears its translations before the engine is asked).
+    """
+
+    name: str
+    signals_suspended: bool
+
+    async def start(self) -> None:
+        """Ready follows when it can be asked. Raises EngineError if it can't be started."""
+
+    async def request_checkpoint(self) -> None:
+        """Asks for one; the caller waits for Committed or Failed. Raises EngineError if it can't be asked."""
+
+    async def failover(self) -> None:
+        """Primary: gives up the secondary. Secondary: makes the SVM the guest. Raises EngineError if it can't."""
+
+    async def stop(self) -> None:
+        """Lets go of everything that is this engine's; the guest goes on. Tells nothing afterwards."""
