@@ -18,12 +18,16 @@ OTHER_TS = [("MSS", 1460), ("SAckOK", b""), ("Timestamp", (999, 0)), ("NOP", Non
 
 @dataclass(frozen=True)
 class Row:
-    """What each VM sends; `reason` of the divergence, or None where both are equal."""
+    """What each VM sends; `reason` of the divergence, or None where both are equal.
+
+    `fronts`: proven fronts of held packets that leave on their own, because the SVM repeats them (bpf/partial.c).
+    """
 
     name: str
     pvm: Frames
     svm: Frames
     reason: str | None = None
+    fronts: int = 0
 
 
 def cut(t: Talk, start: int, data: bytes, *borders: int, **fields: Any) -> list[bytes]:
@@ -59,6 +63,7 @@ EQUAL = [
         "svm-again",
         lambda t: cut(t, 1, DATA[:1000], 600),
         lambda t: [t.tcp(1, DATA[:400]), t.tcp(1, DATA[:400]), t.tcp(401, DATA[400:1000]), t.tcp(1, DATA[:1000])],
+        fronts=1,
     ),
     Row("pvm-again", lambda t: [t.tcp(1, b"data")] * 3, lambda t: [t.tcp(1, b"data")]),
     Row(
