@@ -1,27 +1,59 @@
-"""The command line: `coloebpf lab ...`.
+"""The command line.
 
-Exit codes: 0 done, 1 could not be done (one sentence on stderr), 2 wrong usage, 130 interrupted; `lab exec` passes on
-its command's.
+Exit codes: 0 done; 1 could not be done (one sentence on stderr); 2 wrong usage; 3 no service answers; 70 a mistake of
+coloebpf's own; 130 interrupted; 141 the reader of the output went away. `lab exec` passes on its command's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import Any
 
-from coloebpf.errors import ColoError, LabError
-from coloebpf.lab import commands, plan, report, state
+from coloebpf.errors import ColoError
+from coloebpf.lab import arguments as lab
 
 EXIT_FAILED = 1
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # what shells report for a process that SIGINT ended
+EXIT_BROKEN_PIPE = 141  # likewise SIGPIPE
+DEBUG = "COLOEBPF_DEBUG"  # environment: a traceback for whoever reports a mistake
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ColoError as error:
+        return _fail(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Python would try once more at its end, and say so.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except PermissionError as error:
+        return _fail(f"{error.filename or 'the kernel'}: {error.strerror}; run it as root", EXIT_FAILED)
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(place.filename)}:{place.lineno}"
+        return _fail(
+            f"a mistake of coloebpf's own: {type(error).__name__}: {error} ({where}); "
+            f"please report it with the output of {DEBUG}=1 coloebpf ...",
+            EXIT_BUG,
+        )
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"coloebpf: {sentence}", file=sys.stderr)
+    return code
+
+
+def _run(words: list[str]) -> int:
     command: list[str] | None = None
     if "--" in words:
         split = words.index("--")
@@ -36,14 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("there is no command after '--'")
     args.command = command or []
     args.usage_error = parser.error
-    try:
-        return int(args.run(args) or 0)
-    except ColoError as error:
-        print(f"coloebpf: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("coloebpf: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    code = int(args.run(args) or 0)
+    sys.stdout.flush()  # here, where a reader that went away is no traceback
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,124 +78,5 @@ def _parser() -> argparse.ArgumentParser:
         prog="coloebpf", description="Non-stop service for Xen guests.", allow_abbrev=False
     )
     areas = parser.add_subparsers(metavar="COMMAND", required=True)
-    lab = areas.add_parser("lab", help="both hosts, a client and two replica guests on this machine")
-    _lab_commands(lab.add_subparsers(metavar="COMMAND", required=True))
+    lab.add(areas)
     return parser
-
-
-def _lab_commands(lab: Any) -> None:
-    def add(
-        name: str, run: Any, text: str, takes_command: str = "", usage: str | None = None
-    ) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = lab.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", usage=usage, allow_abbrev=False
-        )
-        parser.add_argument(
-            "--name", type=_lab_name, default="lab", help="which lab, if there are several (default: %(default)s)"
-        )
-        parser.set_defaults(run=run, title=f"lab {name}", takes_command=takes_command)
-        return parser
-
-    def add_json(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-    up = add(
-        "up",
-        _up,
-        "make a lab, with the dataplane in lock-step",
-        "sometimes",
-        usage="coloebpf lab up [--guests none|process] [--nics N] [--vlan] [--mtu 1500|9000] [--name NAME] [--json] "
-        "[-- CMD...]",
-    )
-    up.add_argument(
-        "--guests",
-        choices=("none", "process"),
-        help="none: bare ports without a stack (the default without CMD); "
-        "process: guests with the same address and MAC, each running CMD if one is given",
-    )
-    up.add_argument("--nics", type=_nic_count, default=1, metavar="N", help="NICs of the guest (default: 1)")
-    up.add_argument(
-        "--vlan", action="store_true", help="one forward link with a VLAN id per NIC, instead of a link per NIC"
-    )
-    up.add_argument(
-        "--mtu", type=int, choices=plan.MTUS, default=plan.MTUS[0], help="the guest's MTU (default: %(default)s)"
-    )
-    add_json(up)
-
-    execute = add(
-        "exec", _execute, "run a command on a node", "always", usage="coloebpf lab exec [--name NAME] NODE -- CMD..."
-    )
-    execute.add_argument("node", choices=plan.EXEC_NODES, help="%(choices)s")
-
-    add_json(add("status", _status, "show state, epoch and counters"))
-    add_json(add("checkpoint", _checkpoint, "begin a new epoch and send what is held"))
-    add("down", _down, "remove a lab and all of its processes, whole or not")
-    show = add("show", _show, "drive two redis replicas in lock-step, let them differ, and check what the client sees")
-    show.set_defaults(name="show")
-
-    agent = lab.add_parser("agent", allow_abbrev=False)  # started by `up`; no help text, so that it isn't listed
-    agent.add_argument("--name", type=_lab_name, required=True)
-    agent.set_defaults(run=_agent, title="lab agent", takes_command="")
-
-
-def _lab_name(text: str) -> str:
-    try:
-        return plan.check_name(text)
-    except LabError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _nic_count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= plan.MAX_NICS:
-        raise argparse.ArgumentTypeError(f"a lab's guest has 1 to {plan.MAX_NICS} NICs, not {text}")
-    return int(text)
-
-
-# The dataplane brings bcc along, which takes most of a second to import: only the commands that use it do so.
-
-
-def _up(args: argparse.Namespace) -> None:
-    mode = args.guests or ("process" if args.command else "none")
-    if mode == "none" and args.command:
-        args.usage_error("bare guests run no command; use --guests process")
-    wanted = plan.LabPlan(args.name, mode, args.nics, args.vlan, args.mtu, tuple(args.command))
-    from coloebpf.lab import hosts
-
-    record = commands.up(wanted, hosts.bring_up)
-    print(json.dumps(record, indent=1) if args.json else report.up_text(record))
-
-
-def _execute(args: argparse.Namespace) -> None:
-    commands.execute(plan.LabPlan(args.name), args.node, args.command)
-
-
-def _status(args: argparse.Namespace) -> None:
-    from coloebpf.lab import hosts
-
-    status = commands.status(plan.LabPlan(args.name), hosts.snapshot)
-    print(json.dumps(status, indent=1) if args.json else report.status_text(status))
-
-
-def _checkpoint(args: argparse.Namespace) -> None:
-    from coloebpf.lab import hosts
-
-    done = hosts.checkpoint(state.load(plan.LabPlan(args.name)))
-    print(json.dumps(done) if args.json else f"epoch {done['epoch']}, {done['flushed']} packets sent")
-
-
-def _down(args: argparse.Namespace) -> None:
-    found = commands.down(plan.LabPlan(args.name))
-    print(f"lab {args.name!r} is gone" if found else f"there was no lab {args.name!r}")
-
-
-def _show(args: argparse.Namespace) -> int:
-    from coloebpf.lab import show
-
-    return show.run(args.name)
-
-
-def _agent(args: argparse.Namespace) -> None:
-    from coloebpf.control import Control
-    from coloebpf.lab import agent
-
-    agent.run(state.load(plan.LabPlan(args.name)), Control.open)

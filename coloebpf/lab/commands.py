@@ -7,19 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
 from coloebpf.errors import LabError
 from coloebpf.lab import guests, state, topology
+from coloebpf.lab.loaders import INTERRUPTIONS, held_back
 from coloebpf.lab.plan import GUESTS, PAIR, LabPlan
 from coloebpf.netns import inside
 
 BringUp = Callable[[LabPlan], None]
 Snapshot = Callable[[LabPlan, str], dict[str, Any]]
-
-INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def up(plan: LabPlan, bring_up: BringUp | None) -> dict[str, Any]:
@@ -27,18 +26,32 @@ def up(plan: LabPlan, bring_up: BringUp | None) -> dict[str, Any]:
 
     `bring_up` puts the dataplane into both hosts; without it the hosts are plain bridges.
     """
-    state.claim(plan)
-    with taken_down(plan, always=False):
+    with _claimed(plan, always=False):
+        return _make(plan, bring_up)
+
+
+@contextmanager
+def temporary(plan: LabPlan, bring_up: BringUp | None) -> Iterator[dict[str, Any]]:
+    """Make the lab for the body's time."""
+    with _claimed(plan, always=True):
+        yield _make(plan, bring_up)
+
+
+def _make(plan: LabPlan, bring_up: BringUp | None) -> dict[str, Any]:
+    # pyroute2 works with helper processes and callbacks, which an exception out of a signal's handler would end in, or
+    # get lost in.
+    with held_back(INTERRUPTIONS):
         topology.build(plan)
-        if bring_up:
-            bring_up(plan)
+    if bring_up:
+        bring_up(plan)
+    with held_back(INTERRUPTIONS):
         topology.wake_guests(plan)
-        record = state.save(plan)
-        if bring_up:
-            _start_agent(plan)
-        if plan.command:
-            guests.start(plan)
-        return record
+    record = state.save(plan)
+    if bring_up:
+        _start_agent(plan)
+    if plan.command:
+        guests.start(plan)
+    return record
 
 
 def down(plan: LabPlan) -> bool:
@@ -95,19 +108,34 @@ def _start_agent(plan: LabPlan) -> None:
 
 
 @contextmanager
-def taken_down(plan: LabPlan, always: bool = True) -> Iterator[None]:
+def _claimed(plan: LabPlan, always: bool) -> Iterator[None]:
+    """The name is this process's, and what is made of the lab is taken down; no signal comes between the two."""
+    with ExitStack() as stack:
+        with held_back(INTERRUPTIONS):
+            state.claim(plan)
+            stack.enter_context(_taken_down(plan, always))
+        yield
+
+
+@contextmanager
+def _taken_down(plan: LabPlan, always: bool) -> Iterator[None]:
     """Take the lab down after the body, or only if the body raises.
 
     Ctrl-C, SIGTERM and a lost terminal end the body; a second one doesn't stop the taking down.
     """
 
+    interrupted = finished = False
+
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+        nonlocal interrupted
+        interrupted = True
         raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, interrupt) for number in INTERRUPTIONS}
-    finished = False
     try:
         yield
+        if interrupted:  # and the exception got lost in a callback of a library
+            raise KeyboardInterrupt
         finished = True
     finally:
         if always or not finished:

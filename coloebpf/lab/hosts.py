@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 from coloebpf import tuning
 from coloebpf.control import Control, State
 from coloebpf.dataplane import Dataplane, NicSpec, Role, Sizes
+from coloebpf.lab import loaders
 from coloebpf.lab.plan import HOSTS, PAIR, LabPlan
 from coloebpf.netns import inside
 
@@ -26,11 +25,7 @@ def bring_up(plan: LabPlan, sizes: Sizes | None = None) -> None:
     # Here, where the machine's own namespace is at hand: the number is the machine's, and a lab's namespace doesn't
     # show it.
     tuning.raise_backlog(2 * (sizes or Sizes.of_mtu(plan.mtu)).slots, first="/proc/thread-self/ns/net")
-    # A process for each host: compiling takes seconds, and a real host has a loader of its own. Spawned, not forked, so
-    # that nothing of this process (sockets, signal handlers) is shared.
-    with ProcessPoolExecutor(max_workers=len(HOSTS), mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(attach, plan, host, sizes) for host in HOSTS]:
-            done.result()
+    loaders.run(attach, [(f"the {host} host", (plan, host, sizes)) for host in HOSTS])
     # The secondary first: from the primary's change on, every packet waits for the SVM's.
     for host in reversed(HOSTS):
         with inside(plan.namespace(host)), Control.open(plan.pin_dir(host)) as control:

@@ -21,7 +21,6 @@ SERVER = (
     *("redis-server", "--port", str(PORT), "--bind", "*", "-::*", "--protected-mode", "no"),
     *("--save", "", "--appendonly", "no", "--io-threads", "1"),
 )
-TOOLS = ("redis-server", "redis-benchmark")
 
 
 @dataclass(frozen=True)

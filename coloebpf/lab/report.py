@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+TCP = 6
+PROTOCOLS = {1: "ICMP", TCP: "TCP", 17: "UDP", 58: "ICMPv6"}
+DIFFERENCES = {
+    "payload": "the bytes differ",
+    "flags": "the TCP flags differ",
+    "options": "the TCP options differ",
+    "rst": "one side reset the connection",
+    "fin": "the streams end at different places",
+    "datagram": "the datagrams differ",
+    "missing_on_svm": "the secondary did not send it",
+    "missing_on_pvm": "the primary did not send it",
+    "structure": "the packets are of different kinds",
+}
+
 
 def up_text(record: dict[str, Any]) -> str:
     """What `lab up` made."""
@@ -35,6 +49,22 @@ def status_text(status: dict[str, Any]) -> str:
             f"  dropped     {_counts(nic['dropped'])}",
         ]
     return "\n".join(lines)
+
+
+def event_text(event: dict[str, Any]) -> str:
+    """A divergence, in two lines."""
+    flow, proto = event["flow"], event["flow"]["proto"]
+    guest, remote = (_endpoint(flow[side], flow[side + "_port"]) for side in ("guest", "remote"))
+    place = f"at stream position {event['offset']}" if proto == TCP else f"{event['offset']} bytes"
+    return (
+        f"divergence: {DIFFERENCES.get(event['reason'], event['reason'])}; "
+        f"{PROTOCOLS.get(proto, f'protocol {proto}')} {guest} to {remote}\n"
+        f"            {place}, epoch {event['epoch']}: primary {event['pvm_digest']}, secondary {event['svm_digest']}"
+    )
+
+
+def _endpoint(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def duration(nanoseconds: float | None) -> str:

@@ -7,20 +7,20 @@ checked on the way, and the exit code says whether it all did.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from textwrap import indent
 from typing import Any, TextIO
 
-from coloebpf.errors import ColoError, LabError
-from coloebpf.lab import commands, redis
+from coloebpf.errors import ColoError
+from coloebpf.lab import commands, needs, redis
 from coloebpf.lab.display import MEBI, Display, Sample
 from coloebpf.lab.plan import GUESTS, LabPlan
-from coloebpf.lab.report import duration
+from coloebpf.lab.report import duration, event_text
 
 SAMPLE_PERIOD = 0.25  # seconds between two looks at the counters
 PROBE_PERIOD = 0.01  # seconds between two questions of the client that looks for gaps
@@ -166,7 +166,8 @@ class Show:
         self._check(f"not one byte of the unproven answer in {SILENCE} s", client.silent_for(SILENCE))
         reported = _wait_for(lambda: events.has("divergence"), EVENT_TIMEOUT)
         self._check("the divergence was reported", reported)
-        self._display.say(f"   {events.first('divergence') or 'no event'}")
+        told = events.first("divergence")
+        self._display.say(indent(event_text(told) if told else "no event", "   "))
 
         self._display.say("3. A checkpoint: the secondary becomes a copy of the primary, so what was held is true now.")
         # Here, where replicas are processes, what the engine would copy is written by hand.
@@ -222,16 +223,13 @@ class EventTail:
 
 def run(name: str, out: TextIO = sys.stdout) -> int:
     """Make a lab, run the show in it, take it down; 0 if all held."""
+    needs.check({"redis-server": "redis-server", "redis-benchmark": "redis-tools"})
     from coloebpf.lab import hosts
 
-    missing = [tool for tool in redis.TOOLS if not shutil.which(tool)]
-    if missing:
-        raise LabError(f"{' and '.join(missing)} not found; install Debian's redis-server and redis-tools")
     plan = LabPlan(name, "process", command=redis.SERVER)
     display = Display(out)
     display.say("Building two hosts, a forward link, a client and two replicas of redis-server ...")
-    commands.up(plan, hosts.bring_up)
-    with commands.taken_down(plan):
+    with commands.temporary(plan, hosts.bring_up):
         try:
             held = Show(plan, display, lambda: hosts.snapshot(plan, "primary"), lambda: hosts.checkpoint(plan)).run()
         finally:

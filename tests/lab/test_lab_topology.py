@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,16 @@ def test_a_failing_up_leaves_nothing(lab_name: str, interruption: type[BaseExcep
 
     with pytest.raises(interruption):
         commands.up(plan, bring_up)
+    assert remains(lab_name) == []
+
+
+def test_an_interruption_that_gets_lost_ends_up_all_the_same(lab_name: str) -> None:
+    def bring_up(_: LabPlan) -> None:
+        with suppress(KeyboardInterrupt):  # as the interpreter does around callbacks
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        commands.up(LabPlan(lab_name), bring_up)
     assert remains(lab_name) == []
 
 

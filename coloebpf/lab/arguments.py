@@ -1,0 +1,141 @@
+"""The command line of `coloebpf lab`: its arguments, and what each command calls."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from coloebpf.errors import LabError
+from coloebpf.lab import plan
+
+
+def add(areas: Any) -> None:
+    """Adds `lab` and its commands to the command line's areas."""
+    lab = areas.add_parser("lab", help="both hosts, a client and two replica guests on this machine")
+    _commands(lab.add_subparsers(metavar="COMMAND", required=True))
+
+
+def _commands(lab: Any) -> None:
+    def add(
+        name: str, run: Any, text: str, takes_command: str = "", usage: str | None = None
+    ) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = lab.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", usage=usage, allow_abbrev=False
+        )
+        parser.add_argument(
+            "--name", type=_lab_name, default="lab", help="which lab, if there are several (default: %(default)s)"
+        )
+        parser.set_defaults(run=run, title=f"lab {name}", takes_command=takes_command)
+        return parser
+
+    def add_json(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+    up = add(
+        "up",
+        _up,
+        "make a lab, with the dataplane in lock-step",
+        "sometimes",
+        usage="coloebpf lab up [--guests none|process] [--nics N] [--vlan] [--mtu 1500|9000] [--name NAME] [--json] "
+        "[-- CMD...]",
+    )
+    up.add_argument(
+        "--guests",
+        choices=("none", "process"),
+        help="none: bare ports without a stack (the default without CMD); "
+        "process: guests with the same address and MAC, each running CMD if one is given",
+    )
+    up.add_argument("--nics", type=_nic_count, default=1, metavar="N", help="NICs of the guest (default: 1)")
+    up.add_argument(
+        "--vlan", action="store_true", help="one forward link with a VLAN id per NIC, instead of a link per NIC"
+    )
+    up.add_argument(
+        "--mtu", type=int, choices=plan.MTUS, default=plan.MTUS[0], help="the guest's MTU (default: %(default)s)"
+    )
+    add_json(up)
+
+    execute = add(
+        "exec", _execute, "run a command on a node", "always", usage="coloebpf lab exec [--name NAME] NODE -- CMD..."
+    )
+    execute.add_argument("node", choices=plan.EXEC_NODES, help="%(choices)s")
+
+    add_json(add("status", _status, "show state, epoch and counters"))
+    add_json(add("checkpoint", _checkpoint, "begin a new epoch and send what is held"))
+    add("down", _down, "remove a lab and all of its processes, whole or not")
+    show = add("show", _show, "drive two redis replicas in lock-step, let them differ, and check what the client sees")
+    show.set_defaults(name="show")
+
+    agent = lab.add_parser("agent", allow_abbrev=False)  # started by `up`; no help text, so that it isn't listed
+    agent.add_argument("--name", type=_lab_name, required=True)
+    agent.set_defaults(run=_agent, title="lab agent", takes_command="")
+
+
+def _lab_name(text: str) -> str:
+    try:
+        return plan.check_name(text)
+    except LabError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _nic_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= plan.MAX_NICS:
+        raise argparse.ArgumentTypeError(f"a lab's guest has 1 to {plan.MAX_NICS} NICs, not {text}")
+    return int(text)
+
+
+# bcc takes most of a second to import, pyroute2 a quarter: only the commands that use them do so.
+
+
+def _up(args: argparse.Namespace) -> None:
+    mode = args.guests or ("process" if args.command else "none")
+    if mode == "none" and args.command:
+        args.usage_error("bare guests run no command; use --guests process")
+    wanted = plan.LabPlan(args.name, mode, args.nics, args.vlan, args.mtu, tuple(args.command))
+    from coloebpf.lab import needs
+
+    needs.check()
+    from coloebpf.lab import commands, hosts, report
+
+    record = commands.up(wanted, hosts.bring_up)
+    print(json.dumps(record, indent=1) if args.json else report.up_text(record))
+
+
+def _execute(args: argparse.Namespace) -> None:
+    from coloebpf.lab import commands
+
+    commands.execute(plan.LabPlan(args.name), args.node, args.command)
+
+
+def _status(args: argparse.Namespace) -> None:
+    from coloebpf.lab import commands, hosts, report
+
+    status = commands.status(plan.LabPlan(args.name), hosts.snapshot)
+    print(json.dumps(status, indent=1) if args.json else report.status_text(status))
+
+
+def _checkpoint(args: argparse.Namespace) -> None:
+    from coloebpf.lab import hosts, state
+
+    done = hosts.checkpoint(state.load(plan.LabPlan(args.name)))
+    print(json.dumps(done) if args.json else f"epoch {done['epoch']}, {done['flushed']} packets sent")
+
+
+def _down(args: argparse.Namespace) -> None:
+    from coloebpf.lab import commands
+
+    found = commands.down(plan.LabPlan(args.name))
+    print(f"lab {args.name!r} is gone" if found else f"there was no lab {args.name!r}")
+
+
+def _show(args: argparse.Namespace) -> int:
+    from coloebpf.lab import show
+
+    return show.run(args.name)
+
+
+def _agent(args: argparse.Namespace) -> None:
+    from coloebpf.control import Control
+    from coloebpf.lab import agent, state
+
+    agent.run(state.load(plan.LabPlan(args.name)), Control.open)

@@ -1,0 +1,21 @@
+"""What a lab needs of the machine, checked before anything of it is made."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+
+from coloebpf.errors import PreflightError
+from coloebpf.preflight import Headers, Preflight
+
+TOOLS = {"ethtool": "ethtool"}  # of every lab; program -> Debian's package
+
+
+def check(tools: Mapping[str, str] | None = None, preflight: Callable[[], Headers] | None = None) -> None:
+    """Raises PreflightError, one sentence, for the first piece that is missing. `tools`: more of them, as TOOLS."""
+    (preflight or Preflight().check)()
+    missing = {tool: package for tool, package in {**TOOLS, **(tools or {})}.items() if not shutil.which(tool)}
+    if missing:
+        raise PreflightError(
+            f"{', '.join(missing)} not found: apt-get install {' '.join(dict.fromkeys(missing.values()))}"
+        )
