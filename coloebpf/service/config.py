@@ -2,61 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from coloebpf.model import MAX_NICS, MAX_PAIRS, NicSpec, Policy, Role
+from coloebpf.service import config_checks
 from coloebpf.service import config_keys as keys
 from coloebpf.service.config_keys import Address, setting, table
+from coloebpf.service.config_reader import ConfigErrors, Mistake, Reader
 
 __all__ = [
-    "Address", "ArbiterConfig", "CommandConfig", "Config", "EtcdConfig", "Exemption", "HostConfig", "LibxlColoConfig",
-    "ModelConfig", "NicConfig", "PairConfig", "PeerConfig",
+    "Address", "ArbiterConfig", "CommandConfig", "Config", "ConfigErrors", "EtcdConfig", "Exemption", "HostConfig",
+    "LibxlColoConfig", "Mistake", "ModelConfig", "NicConfig", "PairConfig", "PeerConfig", "load", "parse",
 ]  # fmt: skip
 
 MAX_VLAN = 4094  # IEEE 802.1Q: 4,095 is reserved
 HOUR_MS = 3_600_000
-LIBXL_INTERVAL_MS = 5000  # libxl checkpoints by itself after that time (shared/reference/xen-libxl-colo.md)
+
+
+def ms(low: int, high: int) -> keys.Kind:
+    """A time in milliseconds."""
+    return keys.integer(low, high, "milliseconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostConfig:
     """[host]: this host."""
 
-    name: str = setting(
-        keys.NAME, "this host's name, in the messages to the other one and in the arbiter's keys", shown="a"
-    )
+    name: str = setting(keys.NAME, "in the messages to the other host and in the arbiter's keys", shown="a")
     control_socket: Path = setting(
-        keys.PATH, "where `coloebpf status` and the like talk to the service", Path("/run/coloebpf/control.sock")
+        keys.SOCKET, "for `coloebpf status` and the like", Path("/run/coloebpf/control.sock")
     )
     metrics_listen: Address | None = setting(
         keys.optional(keys.ADDRESS, None, "no metrics"), "where Prometheus finds /metrics", Address("127.0.0.1", 9877)
     )
-    mtu: int = setting(
-        keys.integer(576, 9000, "bytes"),
-        "the largest of the guests'; above 1,500 held packets take eight times the memory",
-        1500,
-    )
-    log_level: str = setting(keys.choice("debug", "info", "warning", "error"), "what is logged", "info")
+    mtu: int = setting(keys.integer(576, 9000, "bytes"), "the largest of the guests'", 1500)
+    log_level: str = setting(keys.choice("debug", "info", "warning", "error"), "what is logged", "info", live=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerConfig:
     """[peer]: the other host."""
 
-    name: str = setting(keys.NAME, "its name, as its certificate and its own file say", shown="b")
-    listen: Address = setting(keys.ADDRESS, "this host's address on the management network", shown="192.0.2.1:7788")
-    connect: Address = setting(keys.ADDRESS, "the other one's", shown="192.0.2.2:7788")
-    ca: Path = setting(
-        keys.PATH, "who signed both certificates (`coloebpf config init-pki`)", Path("/etc/coloebpf/pki/ca.pem")
-    )
+    name: str = setting(keys.NAME, "as its certificate and its own file say", shown="b")
+    listen: Address = setting(keys.ADDRESS, "this host on the management network", shown="192.0.2.1:7788")
+    connect: Address = setting(keys.ADDRESS, "the other one there", shown="192.0.2.2:7788")
+    ca: Path = setting(keys.PATH, "who signed both certificates", Path("/etc/coloebpf/pki/ca.pem"))
     certificate: Path = setting(keys.PATH, "this host's", Path("/etc/coloebpf/pki/host.pem"))
     key: Path = setting(keys.PATH, "its private key", Path("/etc/coloebpf/pki/host.key"))
-    heartbeat_interval_ms: int = setting(keys.integer(5, 10_000, "ms"), "between two heartbeats, on either path", 50)
-    heartbeat_timeout_ms: int = setting(
-        keys.integer(10, 60_000, "ms"), "without any on both paths the other host counts as lost", 200
-    )
+    heartbeat_interval_ms: int = setting(ms(5, 10_000), "between two heartbeats on a path", 50)
+    heartbeat_timeout_ms: int = setting(ms(10, 60_000), "without any on both paths the other host is lost", 200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +65,14 @@ class NicConfig:
     fwd: str = setting(keys.DEVICE, "the device that is wired to the other host", shown="fwd0")
     vlan: int = setting(keys.integer(0, MAX_VLAN), "this NIC's VLAN id on fwd; 0: fwd is this NIC's alone", 0)
     mac: str = setting(
-        keys.optional(keys.MAC, "", "any"),
-        "the guest's; frames from another one are dropped",
-        "",
-        shown="02:c0:10:00:00:01",
+        keys.optional(keys.MAC, "", "any"), "the guest's; its frames have no other", "", shown="02:c0:10:00:00:01"
     )
     bridge: str = setting(
-        keys.optional(keys.DEVICE, "", "the one that the vif is in"),
-        "where the SVM's output goes after a promotion",
-        "",
-        shown="br0",
+        keys.optional(keys.DEVICE, "", "the one that vif is in"), "where a promoted SVM speaks", "", shown="br0"
     )
-    arp: Policy = setting(keys.member(Policy), "what happens to the guest's ARP", Policy.PASS)
-    nd: Policy = setting(keys.member(Policy), "to its IPv6 neighbour discovery", Policy.PASS)
-    other: Policy = setting(keys.member(Policy), "to other Ethernet types", Policy.COMPARE)
+    arp: Policy = setting(keys.member(Policy), "what happens to the guest's ARP", Policy.PASS, live=True)
+    nd: Policy = setting(keys.member(Policy), "to its IPv6 neighbour discovery", Policy.PASS, live=True)
+    other: Policy = setting(keys.member(Policy), "to other Ethernet types", Policy.COMPARE, live=True)
 
     def spec(self, pair: PairConfig) -> NicSpec:
         """As the dataplane's attach() takes it."""
@@ -103,24 +94,20 @@ class Exemption:
 
 @dataclass(frozen=True, kw_only=True)
 class LibxlColoConfig:
-    """[pair.libxl_colo]: the engine that `xl remus -c -p` connects to."""
+    """[pair.libxl_colo]: for engine = "libxl-colo", the endpoint of `xl remus -c -p`."""
 
     listen: Address = setting(
-        keys.ADDRESS,
-        "on loopback: colo_checkpoint_host and colo_checkpoint_port of the guest's first vif",
-        shown="127.0.0.1:9000",
+        keys.ADDRESS, "loopback; colo_checkpoint_host and colo_checkpoint_port of the first vif", shown="127.0.0.1:9000"
     )
     domain: str = setting(keys.NAME, "the guest's name in xl", shown="web")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """[pair.model]: the engine for tests; it copies nothing."""
+    """[pair.model]: for engine = "model", which copies nothing."""
 
-    commit_delay_ms: int = setting(keys.integer(0, HOUR_MS, "ms"), "from Suspended to Committed", 5)
-    socket: Path | None = setting(
-        keys.optional(keys.PATH, None, "none"), "where a test tells it to fail, hang or die", None
-    )
+    commit_delay_ms: int = setting(ms(0, HOUR_MS), "from Suspended to Committed", 5, live=True)
+    socket: Path | None = setting(keys.optional(keys.SOCKET, None, "none"), "where tests tell it to fail or hang", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,73 +118,53 @@ class PairConfig:
     number: int = setting(keys.integer(0, MAX_PAIRS - 1), "of the dataplane, the same on both hosts", shown=0)
     role: Role = setting(keys.member(Role), "what this host is to the guest", shown="primary")
     engine: Literal["libxl-colo", "model"] = setting(
-        keys.choice("libxl-colo", "model"), "what makes the checkpoints", shown="model"
+        keys.choice("libxl-colo", "model"), "what makes the checkpoints", shown="libxl-colo"
     )
     arbiter: Literal["none", "etcd", "command"] = setting(
-        keys.choice("none", "etcd", "command"),
-        "who says which host goes on alone; with none the secondary never takes over by itself",
-        "none",
+        keys.choice("none", "etcd", "command"), "who says which host goes on alone", "none", shown="etcd"
     )
     on_service_loss: Literal["hold", "open"] = setting(
-        keys.choice("hold", "open"), "without the service: hold what is unproven, or let everything pass", "hold"
+        keys.choice("hold", "open"), "without the service: go on holding, or let everything pass", "hold", live=True
     )
-    service_loss_after_ms: int = setting(
-        keys.integer(100, HOUR_MS, "ms"), 'when "open" begins after the service was seen for the last time', 2000
-    )
-    compare_timeout_ms: int = setting(
-        keys.integer(10, 60_000, "ms"), "a packet unproven for longer asks for a checkpoint", 200
-    )
-    interval_min_ms: int = setting(keys.integer(0, 60_000, "ms"), "from a commit to the next request, at least", 20)
-    interval_max_ms: int = setting(
-        keys.integer(10, HOUR_MS, "ms"), "likewise, at most; libxl asks by itself after 5,000", 4000
-    )
-    commit_timeout_ms: int = setting(
-        keys.integer(100, HOUR_MS, "ms"), "a checkpoint that takes longer counts the secondary as gone", 10_000
-    )
-    storm_count: int = setting(
-        keys.integer(2, 10_000), "that many requests for a cause in storm_window_ms: periodic mode", 20
-    )
-    storm_window_ms: int = setting(keys.integer(10, HOUR_MS, "ms"), "see there", 2000)
-    periodic_interval_ms: int = setting(
-        keys.integer(10, 60_000, "ms"), "from a commit to the next request in periodic mode", 100
-    )
-    calm_ms: int = setting(
-        keys.integer(100, HOUR_MS, "ms"), "that long without a cause: back to lock-step mode", 10_000
-    )
-    nics: tuple[NicConfig, ...] = table(NicConfig, "nic", "the guest's NICs", many=True, required=True)
-    exempts: tuple[Exemption, ...] = table(Exemption, "exempt", "traffic that passes uncompared", many=True)
-    libxl_colo: LibxlColoConfig | None = table(LibxlColoConfig, "libxl_colo", 'for engine = "libxl-colo"')
-    model: ModelConfig | None = table(ModelConfig, "model", 'for engine = "model"')
+    service_loss_after_ms: int = setting(ms(100, HOUR_MS), 'without a service for so long: "open"', 2000, live=True)
+    compare_timeout_ms: int = setting(ms(10, 60_000), "unproven for longer: a checkpoint", 200, live=True)
+    interval_min_ms: int = setting(ms(0, 60_000), "from a commit to the next request, at least", 20, live=True)
+    interval_max_ms: int = setting(ms(10, HOUR_MS), "likewise, at most", 4000, live=True)
+    commit_timeout_ms: int = setting(ms(100, HOUR_MS), "a longer checkpoint has failed for good", 10_000, live=True)
+    storm_count: int = setting(keys.integer(2, 10_000), "requests for a cause: periodic mode, if", 20, live=True)
+    storm_window_ms: int = setting(ms(10, HOUR_MS), "they come in so long", 2000, live=True)
+    periodic_interval_ms: int = setting(ms(10, 60_000), "from commit to request in that mode", 100, live=True)
+    calm_ms: int = setting(ms(100, HOUR_MS), "without a cause: out of that mode again", 10_000, live=True)
+    nics: tuple[NicConfig, ...] = table(NicConfig, "nic", "the guest's NICs", many=True)
+    exempts: tuple[Exemption, ...] = table(Exemption, "exempt", "passes uncompared", (), many=True, live=True)
+    libxl_colo: LibxlColoConfig | None = table(LibxlColoConfig, "libxl_colo", 'for engine = "libxl-colo"', None)
+    model: ModelConfig = table(ModelConfig, "model", 'for engine = "model"')
 
 
 @dataclass(frozen=True, kw_only=True)
 class EtcdConfig:
     """[arbiter.etcd]: a lease in etcd."""
 
-    endpoints: tuple[str, ...] = setting(keys.URLS, "the members of the cluster", shown=["http://127.0.0.1:2379"])
-    lease_s: int = setting(
-        keys.integer(1, 60, "s"), "the right to go on alone ends so long after it was renewed for the last time", 2
-    )
+    endpoints: tuple[str, ...] = setting(keys.URLS, "the cluster's members", shown=["http://127.0.0.1:2379"])
+    lease_s: int = setting(keys.integer(1, 60, "seconds"), "the right to go on alone lasts, if not renewed", 2)
     prefix: str = setting(keys.NAME, "of its keys: /prefix/pair", "coloebpf")
-    request_timeout_ms: int = setting(keys.integer(10, 60_000, "ms"), "for one answer", 500)
+    request_timeout_ms: int = setting(ms(10, 60_000), "for one answer", 500)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandConfig:
-    """[arbiter.command]: a command that turns the other host off."""
+    """[arbiter.command]: turns the other host off; exit code 0 says that it is off."""
 
-    fence: tuple[str, ...] = setting(
-        keys.WORDS, "exit code 0: the other host is off", shown=["/usr/sbin/stonith_admin", "--reboot", "b"]
-    )
-    timeout_s: int = setting(keys.integer(1, 3600, "s"), "longer counts as failed", 30)
+    fence: tuple[str, ...] = setting(keys.WORDS, "the command", shown=["/usr/sbin/stonith_admin", "--reboot", "b"])
+    timeout_s: int = setting(keys.integer(1, 3600, "seconds"), "longer counts as failed", 30)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArbiterConfig:
     """[arbiter]: those that pairs name."""
 
-    etcd: EtcdConfig | None = table(EtcdConfig, "etcd", 'for arbiter = "etcd"')
-    command: CommandConfig | None = table(CommandConfig, "command", 'for arbiter = "command"')
+    etcd: EtcdConfig | None = table(EtcdConfig, "etcd", 'for arbiter = "etcd"', None)
+    command: CommandConfig | None = table(CommandConfig, "command", 'for arbiter = "command"', None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +172,32 @@ class Config:
     """One host's file. `path`: where it was read."""
 
     path: Path = Path()
-    host: HostConfig = table(HostConfig, "host", "this host", required=True)
-    peer: PeerConfig | None = table(PeerConfig, "peer", "the other host; needed as soon as there is a pair")
-    arbiter: ArbiterConfig = table(ArbiterConfig, "arbiter", "who says which host goes on alone", required=True)
-    pairs: tuple[PairConfig, ...] = table(PairConfig, "pair", "the guests", many=True)
+    host: HostConfig = table(HostConfig, "host", "this host")
+    peer: PeerConfig | None = table(PeerConfig, "peer", "the other host; pairs need it", None)
+    arbiter: ArbiterConfig = table(ArbiterConfig, "arbiter", "who says which host goes on alone")
+    pairs: tuple[PairConfig, ...] = table(PairConfig, "pair", "the guests", (), many=True)
+
+
+def parse(text: str, path: Path) -> Config:
+    """The configuration that `text`, read from `path`, describes. Raises ConfigErrors with all that is wrong in it."""
+    reader = Reader(path)
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigErrors([Mistake(path, "", f"is no TOML ({e})", "see https://toml.io")]) from e
+    config = reader.read(Config, raw)
+    if config is not None:
+        config_checks.check(config, reader)
+    if config is None or reader.mistakes:
+        raise ConfigErrors(reader.mistakes)
+    return replace(config, path=path)
+
+
+def load(path: Path) -> Config:
+    """Reads a host's file. Raises ConfigErrors with all that is wrong in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
+        raise ConfigErrors([Mistake(path, "", f"can't be read ({why})", "write one: coloebpf config example")]) from e
+    return parse(text, path)

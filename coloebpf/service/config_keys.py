@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 IFNAMSIZ = 15  # characters of a device's name, linux/if.h
+SUN_PATH = 107  # bytes of a UNIX socket's path, unix(7): 108 with the NUL
 PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "esp": 50, "icmpv6": 58, "sctp": 132}  # IANA's numbers
 MULTICAST_BIT = 1  # of a MAC address's first byte
 
@@ -39,21 +40,31 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """`right`: what a value must be, as the end of "must be ..."; `read` raises ValueError for anything else."""
+    """`right`: what a value must be, as the end of "must be ..."; `read` raises ValueError for anything else.
+
+    `brief`: that again for an example, "" where the example's own value says it.
+    """
 
     right: str
     read: Callable[[Any], Any]
+    brief: str = ""
 
 
-def setting(kind: Kind, doc: str, default: Any = dataclasses.MISSING, shown: Any = dataclasses.MISSING) -> Any:
-    """A field that is a key, required if it has no `default`; `shown` is what the example has, as TOML writes it."""
-    return dataclasses.field(default=default, metadata={"kind": kind, "doc": doc, "shown": shown})
+MISSING = dataclasses.MISSING
 
 
-def table(cls: type, name: str, doc: str, *, many: bool = False, required: bool = False) -> Any:
-    """A field that is a table `[name]`, or with `many` a row of `[[name]]`."""
-    default = dataclasses.MISSING if required else () if many else None
-    return dataclasses.field(default=default, metadata={"table": cls, "name": name, "doc": doc, "many": many})
+def setting(kind: Kind, doc: str, default: Any = MISSING, shown: Any = MISSING, *, live: bool = False) -> Any:
+    """A field that is a key, required if it has no `default`.
+
+    `shown`: what the example has, as TOML writes it. `live`: a reload changes it in what is running.
+    """
+    return dataclasses.field(default=default, metadata={"kind": kind, "doc": doc, "shown": shown, "live": live})
+
+
+def table(cls: type, name: str, doc: str, default: Any = MISSING, *, many: bool = False, live: bool = False) -> Any:
+    """A field that is a table `[name]`, or with `many` a row of `[[name]]`; without `default` it is always there."""
+    metadata = {"table": cls, "name": name, "doc": doc, "many": many, "live": live}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _text(value: Any) -> str:
@@ -81,7 +92,10 @@ def integer(low: int, high: int, unit: str = "") -> Kind:
             raise ValueError(f"is {value}")
         return value
 
-    return Kind(f"a whole number{' of ' + unit if unit else ''} from {low} to {high}", read)
+    limits = f"from {low} to {high}"
+    return Kind(
+        f"a whole number{' of ' + unit if unit else ''} {limits}", read, f"{limits}{' ' + unit if unit else ''}"
+    )
 
 
 def choice(*words: str) -> Kind:
@@ -92,19 +106,21 @@ def choice(*words: str) -> Kind:
             raise ValueError(f"is {value!r}")
         return str(value)
 
-    return Kind(" or ".join(f'"{word}"' for word in words), read)
+    right = " or ".join(f'"{word}"' for word in words)
+    return Kind(right, read, right)
 
 
 def member(enum: type[Member]) -> Kind:
     """The name of an enum's member in small letters."""
     names: Mapping[str, Member] = {each.name.lower(): each for each in enum}
     words = choice(*names)
-    return Kind(words.right, lambda value: names[words.read(value)])
+    return Kind(words.right, lambda value: names[words.read(value)], words.brief)
 
 
 def optional(kind: Kind, empty: Any, what: str) -> Kind:
     """`""` for none, which reads as `empty`."""
-    return Kind(f'{kind.right}, or "" for {what}', lambda value: empty if value == "" else kind.read(value))
+    brief = f'"": {what}'
+    return Kind(f'{kind.right}, or "" for {what}', lambda value: empty if value == "" else kind.read(value), brief)
 
 
 def texts(right: str, each: Callable[[str], str]) -> Kind:
@@ -136,6 +152,13 @@ def _path(value: Any) -> Path:
     if not _text(value).startswith("/"):
         raise ValueError(f"is {value!r}")
     return Path(value)
+
+
+def _socket(value: Any) -> Path:
+    path = _path(value)
+    if len(bytes(path)) > SUN_PATH:
+        raise ValueError(f"has {len(bytes(path))} bytes")
+    return path
 
 
 def _mac(value: Any) -> str:
@@ -172,6 +195,7 @@ DEVICE = Kind(
     f"the name of a network device, 1 to {IFNAMSIZ} characters without spaces, '/' and ':'", _matching(_DEVICE)
 )
 ADDRESS = Kind('an IP address and a port, such as "192.0.2.1:7788" or "[2001:db8::1]:7788"', _address)
+SOCKET = Kind(f'an absolute path of at most {SUN_PATH} bytes, such as "/run/coloebpf/control.sock"', _socket)
 PATH = Kind('an absolute path, such as "/etc/coloebpf/pki/ca.pem"', _path)
 MAC = Kind('the MAC address of one NIC, such as "02:c0:10:00:00:01"', _mac)
 PREFIX = Kind('an address prefix without host bits, such as "10.0.0.0/8" or "fd00::/8"', _prefix)
