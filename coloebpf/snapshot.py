@@ -15,6 +15,7 @@ from coloebpf.model import DROPS, MAX_NICS, REASONS, Role, State
 if TYPE_CHECKING:
     from coloebpf.control import Control
 
+WORD = (1 << 64) - 1
 GAUGE_SLOTS_USED, GAUGE_FLOWS_USED = 0, 1  # bpf/maps.h
 
 
@@ -25,20 +26,25 @@ def possible_cpus(path: Path = Path("/sys/devices/system/cpu/possible")) -> int:
 
 def _per_cpu_sum(control: Control, table: str, nic: int) -> Any:
     leaf = control.shapes.leaf(table)
-    values = (leaf * possible_cpus())()
-    bpfsys.lookup(control.fd(table), ct.c_uint32(nic), values)
-    total = leaf()
     words = ct.sizeof(leaf) // 8  # counters and histograms are u64 throughout
-    whole = (ct.c_uint64 * words).from_buffer(total)
-    for value in values:
-        for i, word in enumerate((ct.c_uint64 * words).from_buffer(value)):
-            whole[i] += word
-    return total
+    values = (ct.c_uint64 * (words * possible_cpus()))()
+    bpfsys.lookup(control.fd(table), ct.c_uint32(nic), values)
+    return leaf.from_buffer((ct.c_uint64 * words)(*add_up(memoryview(values).cast("B").cast("Q"), words)))
+
+
+def add_up(values: memoryview, words: int) -> list[int]:
+    """The values of all CPUs, `words` of them each, added word by word. Wraps at 2^64, as the kernel's own do."""
+    return [sum(values[word::words]) & WORD for word in range(words)]
 
 
 def counters(control: Control, nic: int) -> Any:
     """struct counters of a NIC, summed over CPUs."""
     return _per_cpu_sum(control, "counters", nic)
+
+
+def holding(control: Control, nic: int) -> list[int]:
+    """How many packets of a NIC were held for [2^i, 2^(i+1)) ns, for each i from 0 to 63."""
+    return list(_per_cpu_sum(control, "holding", nic).bucket)
 
 
 def percentiles(buckets: Sequence[int]) -> dict[str, int]:
@@ -63,6 +69,7 @@ def attached(control: Control) -> list[Any]:
 
 def _nic(control: Control, nic: Any) -> dict[str, Any]:
     c = counters(control, nic.id)
+    held_for = holding(control, nic.id)
     plain = {name: getattr(c, name) for name, *_ in c._fields_ if name not in ("divergences", "dropped")}
     return {
         "nic": nic.id,
@@ -76,7 +83,8 @@ def _nic(control: Control, nic: Any) -> dict[str, Any]:
         "parked": c.svm_parked - c.svm_unparked,
         "divergences": {name: c.divergences[i] for i, name in enumerate(REASONS)},
         "dropped": {name: c.dropped[i] for i, name in enumerate(DROPS)},
-        "holding_ns": percentiles(_per_cpu_sum(control, "holding", nic.id).bucket),
+        "holding_ns": percentiles(held_for),
+        "holding_buckets": held_for,
     }
 
 

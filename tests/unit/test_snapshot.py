@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes as ct
 from pathlib import Path
 
 import pytest
 
-from coloebpf.snapshot import percentiles, possible_cpus
+from coloebpf.snapshot import add_up, percentiles, possible_cpus
 
 BUCKETS = 64
 
@@ -41,3 +42,16 @@ def test_possible_cpus(tmp_path: Path, text: str, count: int) -> None:
     path = tmp_path / "possible"
     path.write_text(text)
     assert possible_cpus(path) == count
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "whole"),
+    [
+        ([1, 2, 3], 3, [1, 2, 3]),
+        ([1, 2, 3, 10, 20, 30, 100, 200, 300], 3, [111, 222, 333]),
+        ([2**64 - 1, 2**64 - 1, 2, 0], 2, [1, 2**64 - 1]),
+    ],
+)
+def test_words_of_all_cpus_are_added(values: list[int], words: int, whole: list[int]) -> None:
+    memory = memoryview((ct.c_uint64 * len(values))(*values)).cast("B").cast("Q")
+    assert add_up(memory, words) == whole
