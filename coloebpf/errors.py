@@ -35,3 +35,7 @@ class MachineError(ColoError):
 
 class EngineError(ColoError):
     """An engine can't do what was asked of it."""
+
+
+class ServiceError(ColoError):
+    """The service can't do what was asked, or does not answer."""

@@ -14,10 +14,10 @@ from typing import Any
 
 LOCKSTEP_MODE, PERIODIC_MODE = "lockstep", "periodic"
 MODES = (LOCKSTEP_MODE, PERIODIC_MODE)
-# What may ask for a checkpoint (rules.py), as metrics have them; each is counted from 0 on.
-TRIGGERS = ("initial", "divergence", "timeout", "high_water", "interval", "periodic", "operator")
 # Why the link turned a connection or a message away (peer/link.py).
 REFUSALS = ("certificate", "name", "version", "oversized", "malformed", "replay", "timeout", "surplus")
+# What the comparer calls a difference between the guests (comparer.py).
+FINDINGS = ("payload", "length", "flags", "missing_on_svm", "missing_on_pvm", "structure")
 BY_EXEMPTION, BY_POLICY = "exemption", "policy"
 
 # Upper edges of a checkpoint's duration, s: from a model engine's 1 ms to a live copy's half minute.
@@ -140,12 +140,12 @@ class PairStatus:
     arbiter: str = "none"
     arbiter_deadline_in_ms: float | None = None  # the right to speak ends then; None: it has no end
     on_service_loss: str = "hold"
-    checkpoints: dict[str, int] = field(default_factory=dict)  # TRIGGERS -> committed
+    checkpoints: dict[str, int] = field(default_factory=dict)  # rules.TRIGGERS -> committed
     checkpoints_failed: int = 0
     durations: Durations = field(default_factory=Durations)
     pending: PendingCheckpoint | None = None
     last: CheckpointStatus | None = None
-    findings: dict[str, int] = field(default_factory=dict)  # class of the comparer -> how many
+    findings: dict[str, int] = field(default_factory=dict)  # FINDINGS -> how many
     uncompared: list[Uncompared] = field(default_factory=list)
     nics: list[NicStatus] = field(default_factory=list)
 
