@@ -39,3 +39,7 @@ class EngineError(ColoError):
 
 class ServiceError(ColoError):
     """The service can't do what was asked, or does not answer."""
+
+
+class NoServiceError(ServiceError):
+    """No service answers on this host."""
