@@ -149,23 +149,34 @@ class Control:
         """Looks for what waits too long (events) and ends idle flows."""
         self._walk("sweep", FLUSH_ROUNDS)
 
-    def _walk(self, program: str, rounds: int) -> None:
-        """Runs `program` over all flows that were ever used; it says in `priority` where it stopped.
+    def sweep_some(self, start: int, runs: int) -> int:
+        """A part of sweep(): `runs` batches of flows (SWEEP_BATCH of bpf/upkeep.c each), from flow `start` on.
 
-        One walk at a time: kernels before 6.2 let two of them interrupt each other on one CPU.
+        Returns where the next part begins; 0: that was the last.
+        """
+        return self._walk_part("sweep", start, runs)
+
+    def _walk(self, program: str, rounds: int) -> None:
+        if self._walk_part(program, 0, rounds):
+            raise BpfError(f"{program} did not come to an end in {rounds} runs")
+
+    def _walk_part(self, program: str, start: int, rounds: int) -> int:
+        """Runs `program` over the flows that were ever used, from `start` on; it says in `priority` where it stopped.
+
+        Returns that, or 0 at the end. One walk at a time: kernels before 6.2 let two interrupt each other on one CPU.
         """
         top = ct.c_uint64()
         bpfsys.lookup(self.fd("gauges"), ct.c_uint32(GAUGE_FLOW_TOP), top)
-        here = 0
+        here = start
         with self.shapes.path.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for _ in range(rounds):
                 if here >= top.value:
-                    return
+                    break
                 ctx = bpfsys.sk_buff(0, here, top.value)
                 run = bpfsys.test_run(self.fd(program), FRAME, ctx=ctx, want_ctx=len(ctx))
                 here = int.from_bytes(run.ctx[bpfsys.PRIORITY_OFFSET : bpfsys.PRIORITY_OFFSET + 4], "little")
-        raise BpfError(f"{program} did not come to an end in {rounds} runs")
+        return here if here < top.value else 0
 
     def _released(self) -> int:
         numbers = {nic.id for nic in snapshot.attached(self)}
