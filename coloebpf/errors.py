@@ -43,3 +43,11 @@ class ServiceError(ColoError):
 
 class NoServiceError(ServiceError):
     """No service answers on this host."""
+
+
+class WireError(ColoError):
+    """The other end of a connection says what its protocol does not have."""
+
+
+class NotifyError(ColoError):
+    """systemd can't be told something, or has handed over something that is of no use."""

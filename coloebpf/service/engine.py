@@ -14,7 +14,12 @@ class Ready:
 
 @dataclass(frozen=True)
 class Suspended:
-    """The PVM stands still: what it sent before belongs to this checkpoint, and the old SVM proves nothing any more."""
+    """The PVM stands still: what it sent before belongs to this checkpoint, and the old SVM proves nothing any more.
+
+    `requested` False: the engine began it by itself, so the secondary could not prepare for it.
+    """
+
+    requested: bool = True
 
 
 @dataclass(frozen=True)
