@@ -33,8 +33,8 @@ class Libxl:
     def setup(self) -> int:
         """0, or -1 if nobody answered in time. EOF counts as an answer."""
         self._socket.connect(self._address)
-        self._send(b"COLO_USERSPACE_PROXY_INIT")
         try:
+            self._send(b"COLO_USERSPACE_PROXY_INIT")
             self._receive(INIT_WAIT_S)
         except OSError:
             return -1

@@ -89,7 +89,7 @@ class LibxlColoEngine:
             self._listener = socket.create_server(self._listen)
         except OSError as e:
             raise EngineError(f"pair {self.pair}: can't listen on {self._listen}: {e.strerror}") from e
-        self._listener.setblocking(False)
+        wire.prepare(self._listener)
         asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
         self._say(logging.INFO, "waiting for libxl", port=self.port)
 

@@ -90,11 +90,14 @@ def check_loopback(host: str) -> None:
         )
 
 
-def prepare(connection: socket.socket) -> None:
-    """Sets up a connection that is new to this process; hurry() goes on from there."""
-    connection.setblocking(False)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+def prepare(tcp: socket.socket) -> None:
+    """Sets up a listener, whose connections inherit it, or a connection that is new to this process.
+
+    The first socket of a machine that wants arrivals stamped may get none for some ms, so the listener asks already.
+    """
+    tcp.setblocking(False)
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    tcp.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
 
 
 def hurry(connection: socket.socket) -> None:

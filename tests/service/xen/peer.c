@@ -11,6 +11,7 @@
 
 #include "libxl_internal.h"
 
+#include <signal.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -54,6 +55,7 @@ int main(int argc, char **argv)
 	count = atoi(argv[3]);
 	ms = atoi(argv[4]);
 	setvbuf(stdout, NULL, _IOLBF, 0);
+	signal(SIGPIPE, SIG_IGN); /* as xl does */
 
 	result = colo_proxy_setup(&cps);
 	printf("setup %d %lld\n", result, now());
