@@ -157,8 +157,8 @@ class Comparer:
         looked = finding.pvm >= 0
         say(
             log, logging.INFO if finding.confirmed else logging.WARNING, sentence, reason=finding.reason,
-            nic=finding.nic, flow=finding.flow, offset=finding.offset, epoch=finding.epoch, pvm_digest=finding.pvm_digest,
-            svm_digest=finding.svm_digest, pvm_waiting=finding.pvm if looked else None,
+            nic=finding.nic, flow=finding.flow, offset=finding.offset, epoch=finding.epoch,
+            pvm_digest=finding.pvm_digest, svm_digest=finding.svm_digest, pvm_waiting=finding.pvm if looked else None,
             svm_waiting=finding.svm if looked else None, age_us=(self._clock() - finding.time_ns) // 1000,
         )  # fmt: skip
 
