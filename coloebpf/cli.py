@@ -1,7 +1,6 @@
 """The command line.
 
-Exit codes: 0 done; 1 could not be done (one sentence on stderr); 2 wrong usage; 3 no service answers; 70 a mistake of
-coloebpf's own; 130 interrupted; 141 the reader of the output went away. `lab exec` passes on its command's.
+`lab exec` passes on its command's exit code.
 """
 
 from __future__ import annotations
@@ -12,10 +11,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from coloebpf.errors import ColoError
+from coloebpf import __version__
+from coloebpf.errors import ColoError, NoServiceError
 from coloebpf.lab import arguments as lab
+from coloebpf.service.commands import arguments as service
 
+EXIT_CODES = """\
+exit codes: 0 done; 1 could not be done, or a check failed (a sentence says what); 2 wrong usage; 3 no service answers;
+70 a mistake of coloebpf's own; 130 interrupted; 141 the reader of the output went away"""
 EXIT_FAILED = 1
+EXIT_NO_SERVICE = 3
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # what shells report for a process that SIGINT ended
 EXIT_BROKEN_PIPE = 141  # likewise SIGPIPE
@@ -26,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
+    except NoServiceError as error:
+        return _fail(str(error), EXIT_NO_SERVICE)
     except ColoError as error:
         return _fail(str(error), EXIT_FAILED)
     except KeyboardInterrupt:
@@ -75,8 +82,10 @@ def _run(words: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="coloebpf", description="Non-stop service for Xen guests.", allow_abbrev=False
+        prog="coloebpf", description="Non-stop service for Xen guests.", epilog=EXIT_CODES, allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"coloebpf {__version__}")
     areas = parser.add_subparsers(metavar="COMMAND", required=True)
+    service.add(areas)
     lab.add(areas)
     return parser

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from coloebpf.lab.report import duration
+from coloebpf.units import duration
 
 PLAIN_PERIOD = 1.0  # seconds between two plain lines
 MEBI = 1 << 20

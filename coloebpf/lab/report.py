@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from coloebpf.units import duration
+
 TCP = 6
 PROTOCOLS = {1: "ICMP", TCP: "TCP", 17: "UDP", 58: "ICMPv6"}
 DIFFERENCES = {
@@ -65,16 +67,6 @@ def event_text(event: dict[str, Any]) -> str:
 
 def _endpoint(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
-def duration(nanoseconds: float | None) -> str:
-    """A time in the unit that fits it; '-' for none measured."""
-    if nanoseconds is None:
-        return "-"
-    for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
-        if nanoseconds >= size:
-            return f"{nanoseconds / size:.3g} {unit}"
-    return f"{nanoseconds:.0f} ns"
 
 
 def _amount(nic: dict[str, Any], what: str) -> str:

@@ -20,7 +20,8 @@ from coloebpf.errors import ColoError
 from coloebpf.lab import commands, needs, redis
 from coloebpf.lab.display import MEBI, Display, Sample
 from coloebpf.lab.plan import GUESTS, LabPlan
-from coloebpf.lab.report import duration, event_text
+from coloebpf.lab.report import event_text
+from coloebpf.units import duration
 
 SAMPLE_PERIOD = 0.25  # seconds between two looks at the counters
 PROBE_PERIOD = 0.01  # seconds between two questions of the client that looks for gaps

@@ -15,7 +15,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from coloebpf.model import DROPS, REASONS, State
-from coloebpf.service.rules import TRIGGERS
 from coloebpf.service.status import (
     BY_EXEMPTION,
     BY_POLICY,
@@ -23,6 +22,7 @@ from coloebpf.service.status import (
     FINDINGS,
     MODES,
     REFUSALS,
+    TRIGGERS,
     PairStatus,
     Status,
 )

@@ -12,6 +12,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
+from coloebpf.service.rules import TRIGGERS as TRIGGERS  # what may ask for a checkpoint
+
 LOCKSTEP_MODE, PERIODIC_MODE = "lockstep", "periodic"
 MODES = (LOCKSTEP_MODE, PERIODIC_MODE)
 # Why the link turned a connection or a message away (peer/link.py).
@@ -140,7 +142,7 @@ class PairStatus:
     arbiter: str = "none"
     arbiter_deadline_in_ms: float | None = None  # the right to speak ends then; None: it has no end
     on_service_loss: str = "hold"
-    checkpoints: dict[str, int] = field(default_factory=dict)  # rules.TRIGGERS -> committed
+    checkpoints: dict[str, int] = field(default_factory=dict)  # TRIGGERS -> committed
     checkpoints_failed: int = 0
     durations: Durations = field(default_factory=Durations)
     pending: PendingCheckpoint | None = None

@@ -241,6 +241,24 @@ def test_the_socket_is_for_root_and_its_group_alone(path: Path) -> None:
     assert os.umask(before) == before
 
 
+def test_the_socket_is_never_open_to_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    chmod = Path.chmod
+
+    def noting(self: Path, mode: int) -> None:
+        modes.append(stat.S_IMODE(self.stat().st_mode))
+        chmod(self, mode)
+
+    monkeypatch.setattr(Path, "chmod", noting)
+
+    async def run() -> None:
+        async with serving(path):
+            pass
+
+    asyncio.run(run())
+    assert modes == [0o600]
+
+
 def test_a_socket_that_a_dead_service_left_is_replaced(path: Path) -> None:
     path.parent.mkdir()
     with socket.socket(socket.AF_UNIX) as dead:

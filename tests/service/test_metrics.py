@@ -355,8 +355,7 @@ def test_a_reader_that_takes_nothing_is_cut_off_and_disturbs_nobody(monkeypatch:
             while server._connections:
                 await asyncio.sleep(0.01)
             for reader, _ in lazy:  # nothing of the answer is kept for those who come back
-                with pytest.raises(ConnectionResetError):
-                    await reader.read()
+                assert len(await reader.read()) < 64 << 20
 
     asyncio.run(run())
 

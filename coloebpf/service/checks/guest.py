@@ -1,0 +1,166 @@
+"""Xen's side of a pair with the engine libxl-colo: the toolstack's build, and the guest's configuration.
+
+What is asked for is in docs/operations.md; where it comes from, in shared/reference/xen-libxl-colo.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import mmap
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
+from coloebpf.service.config import PairConfig
+
+LIBRARIES = ("usr/lib/*/libxenlight.so.*", "usr/lib/xen-*/lib/*/libxenlight.so.*", "usr/local/lib/libxenlight.so.*")
+IN_COLO = b"COLO_USERSPACE_PROXY_INIT"  # is in a libxenlight that was built with libnl, and in no other
+QEMUS = (
+    "usr/libexec/xen-qemu-system-i386",
+    "usr/lib/xen*/bin/qemu-system-i386",
+    "usr/local/lib/xen/bin/qemu-system-i386",
+)
+IN_QEMU = b"xen-colo-do-checkpoint"  # QMP's command, in a QEMU with replication
+
+
+def _pairs(host: Host) -> list[PairConfig]:
+    return [pair for pair in host.known.pairs if pair.libxl_colo is not None]
+
+
+def toolstack(host: Host) -> Iterator[Finding]:
+    """libxl and QEMU were built with COLO; Debian's are not."""
+    if not _pairs(host):
+        yield Finding(OK, "no pair uses libxl-colo")
+        return
+    if not shutil.which("xl", path=host.path):
+        yield Finding(FAIL, "xl is not there", "apt-get install xen-utils, and boot Xen")
+        return
+    yield _has(
+        host,
+        LIBRARIES,
+        IN_COLO,
+        "libxenlight",
+        "rebuild Xen's tools with libnl-3-dev and libnl-route-3-dev installed (Debian's are without)",
+    )
+    yield _has(
+        host,
+        QEMUS,
+        IN_QEMU,
+        "Xen's QEMU",
+        "rebuild QEMU with Xen and replication: --enable-xen --enable-replication (Debian's is without)",
+    )
+
+
+def _has(host: Host, patterns: tuple[str, ...], text: bytes, what: str, advice: str) -> Finding:
+    files = [path for pattern in patterns for path in sorted(host.root.glob(pattern)) if path.is_file()]
+    if not files:
+        return Finding(FAIL, f"{what} was not found", "apt-get install xen-utils")
+    for path in files:
+        if _contains(path, text):
+            return Finding(OK, f"{what} has COLO ({path})")
+    return Finding(FAIL, f"{what} was built without COLO ({files[0]})", advice)
+
+
+def _contains(path: Path, text: bytes) -> bool:
+    if not path.stat().st_size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        return data.find(text) >= 0
+
+
+def configuration(host: Host) -> Iterator[Finding]:
+    """/etc/xen/<domain>.cfg is one that COLO can work with."""
+    for pair in _pairs(host):
+        assert pair.libxl_colo is not None
+        path = host.at(f"/etc/xen/{pair.libxl_colo.domain}.cfg")
+        if not path.exists():
+            yield Finding(
+                WARN,
+                f"{path} is not there, so the guest of pair {pair.name} can't be checked",
+                "put its configuration there, or check it against docs/operations.md by hand",
+            )
+            continue
+        try:
+            settings = _settings(path.read_text(errors="replace"))
+        except (SyntaxError, ValueError) as error:
+            yield Finding(FAIL, f"{path} can't be read: {error}", "`xl create -n` says what is wrong with it")
+            continue
+        found = [*_machine(settings), *_vifs(settings, pair), *_disks(settings)]
+        yield from (Finding(f.level, f"{path}: {f.text}", f.advice) for f in found)
+        if not found:
+            yield Finding(OK, f"{path} is as COLO needs it")
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """xl.cfg(5) is a row of assignments of strings, numbers and lists, as Python has them. Raises for anything else."""
+    found = {}
+    for statement in ast.parse(text).body:
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+            raise ValueError(f"line {statement.lineno} is no assignment")
+        found[statement.targets[0].id] = ast.literal_eval(statement.value)
+    return found
+
+
+def _machine(settings: Mapping[str, Any]) -> Iterator[Finding]:
+    if "hvm" not in (settings.get("type"), settings.get("builder")):
+        yield Finding(FAIL, "the guest is not HVM", 'type = "hvm"')
+    if str(settings.get("xen_platform_pci", 1)) != "0":
+        yield Finding(
+            FAIL,
+            "the guest has PV drivers, whose state COLO does not copy",
+            "xen_platform_pci = 0, and xen_emul_unplug=never on the guest kernel's command line",
+        )
+
+
+def _options(row: str) -> dict[str, str]:
+    """A vif or disk line: key=value, comma separated; a word without '=' has an empty value."""
+    return {key.strip(): value.strip() for key, _, value in (word.partition("=") for word in row.split(","))}
+
+
+def _vifs(settings: Mapping[str, Any], pair: PairConfig) -> Iterator[Finding]:
+    rows = [_options(row) for row in settings.get("vif", [])]
+    if len(rows) != len(pair.nics):
+        yield Finding(
+            FAIL,
+            f"it has {len(rows)} vifs, the pair {len(pair.nics)} NICs",
+            "each vif needs a [[pair.nic]], or its output is not compared",
+        )
+    for number, row in enumerate(rows):
+        if row.get("type") != "ioemu" or row.get("model") != "e1000":
+            yield Finding(FAIL, f"vif {number} is no emulated e1000", "type=ioemu,model=e1000 in its line")
+    macs = {nic.mac for nic in pair.nics if nic.mac}
+    unknown = sorted(mac for row in rows if macs and (mac := row.get("mac", "").lower()) not in macs)
+    if unknown:
+        yield Finding(
+            WARN,
+            f"MAC {unknown[0] or '(none given)'} is not in the pair's configuration",
+            "the same mac= on both hosts, and in [[pair.nic]]",
+        )
+    assert pair.libxl_colo is not None
+    listen = pair.libxl_colo.listen
+    wanted = {"colo_checkpoint_host": listen.host, "colo_checkpoint_port": str(listen.port)}
+    if rows and any(rows[0].get(key) != value for key, value in wanted.items()):
+        yield Finding(
+            FAIL,
+            "its first vif does not send libxl to this service",
+            f"{','.join(f'{key}={value}' for key, value in wanted.items())} in its line; xl crashes without the port",
+        )
+
+
+def _disks(settings: Mapping[str, Any]) -> Iterator[Finding]:
+    rows = [_options(row) for row in settings.get("disk", [])]
+    for number, row in enumerate(rows):
+        if row.get("devtype") == "cdrom":
+            yield Finding(FAIL, f"disk {number} is a CD-ROM, which COLO refuses", "take its line out")
+        elif row.get("backendtype") != "qdisk" or "colo" not in row:
+            yield Finding(
+                FAIL,
+                f"disk {number} is not replicated",
+                "backendtype=qdisk,colo,colo-host=...,colo-port=...,colo-export=...,active-disk=...,hidden-disk=...",
+            )
+    if len(rows) > 1:
+        yield Finding(
+            WARN, f"it has {len(rows)} disks; libxl's check of a second one reads a dangling pointer", "use one"
+        )

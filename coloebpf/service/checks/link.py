@@ -1,0 +1,68 @@
+"""The way to the other host, and to the service on this one."""
+
+from __future__ import annotations
+
+import importlib
+import socket
+from collections.abc import Iterator
+
+from coloebpf.errors import NoServiceError
+from coloebpf.service.checks.finding import OK, WARN, Finding, Host
+from coloebpf.service.commands import client
+
+RENEW_DAYS = 30  # before its end a certificate is worth a warning; so has the alert ColoebpfCertificateEnds
+CONNECT_S = 1.0  # hosts of a pair stand side by side
+
+
+def certificates(host: Host) -> Iterator[Finding]:
+    """All that can be wrong with them before a connection is tried."""
+    pki = importlib.import_module("coloebpf.service.peer.pki")
+    peer = host.known.peer
+    if peer is None:
+        yield Finding(OK, "no peer is configured")
+        return
+    identity = pki.Identity(peer.ca, peer.certificate, peer.key)
+    for end in identity.check(host.known.host.name, host.now):
+        days = end.days_left(host.now)
+        if days < RENEW_DAYS:
+            yield Finding(
+                WARN,
+                f"{end.file} ends in {days:.0f} days",
+                "coloebpf config init-pki makes new ones; put them on both hosts, then systemctl reload coloebpf",
+            )
+        else:
+            yield Finding(OK, f"{end.file} is good for {days:,.0f} days")
+
+
+def peer(host: Host) -> Iterator[Finding]:
+    """Somebody listens where the other host should."""
+    config = host.known.peer
+    if config is None:
+        yield Finding(OK, "no peer is configured")
+        return
+    where = f"{config.name} at {config.connect}"
+    try:
+        socket.create_connection((config.connect.host, config.connect.port), CONNECT_S).close()
+    except OSError as error:
+        why = error.strerror or f"no answer in {CONNECT_S:g} s"
+        yield Finding(
+            WARN,
+            f"{where} can't be reached: {why}",
+            "start its service; if it runs, look at [peer] listen there, at routes and at packet filters",
+        )
+    else:
+        yield Finding(OK, f"{where} answers")
+
+
+def service(host: Host) -> Iterator[Finding]:
+    """The service of this host answers."""
+    path = host.known.host.control_socket
+    try:
+        with client.connected(path) as running:
+            status = running.ask("status")["service"]
+    except NoServiceError as error:
+        yield Finding(WARN, "it does not answer", str(error))
+        return
+    yield Finding(OK, f"{status['version']} answers at {path}")
+    for warning in status["warnings"]:
+        yield Finding(WARN, f"it warns: {warning}", "coloebpf status has the details")
