@@ -5,13 +5,13 @@ set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 
 # What runs coloebpf and its lab.
-packages=(python3-bpfcc linux-headers-amd64 bpftool iproute2 ethtool python3-venv python3-pip procps kmod
+packages=(python3-bpfcc python3-cryptography linux-headers-amd64 bpftool iproute2 ethtool python3-venv python3-pip procps kmod
           redis-server redis-tools)
 # What the tests and benchmarks drive on top of it.
 test_packages=(qemu-system-x86 qemu-system-common busybox-static cpio gcc libc6-dev nginx-light curl iperf3 nftables tcpdump
-               prometheus)
+               prometheus etcd-server)
 # Servers whose packages would start them at once and at each boot; the lab starts its own copies in its namespaces.
-services=(redis-server nginx prometheus)
+services=(redis-server nginx prometheus etcd)
 
 die() { echo "install-deps: $*" >&2; exit 1; }
 
