@@ -51,3 +51,27 @@ class WireError(ColoError):
 
 class NotifyError(ColoError):
     """systemd can't be told something, or has handed over something that is of no use."""
+
+
+class PkiError(ColoError):
+    """A certificate or key can't be made, or can't be used."""
+
+
+class LinkError(ColoError):
+    """The link to the other host's service can't be set up."""
+
+
+class MessageError(ColoError):
+    """What came over the link is no message that may come there. `kind`: what it counts as, of REFUSALS in status.py."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+class ArbiterError(ColoError):
+    """An arbiter gave no answer, or none that could be understood: neither yes nor no."""
+
+
+class AnnounceError(ColoError):
+    """A guest's addresses can't be announced."""

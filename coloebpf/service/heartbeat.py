@@ -1,0 +1,270 @@
+"""Does the other host live? Heartbeats on two paths: the services' link, and frames on each forward device.
+
+One path lost: a warning, metrics, nothing else. Both lost for a pair: its owner is told, and asks the arbiter. A
+host whose own service stood still for longer than the timeout knows nothing: it listens for a whole timeout first.
+
+A beat also answers the other side's beats, and on the secondary carries the primary's right to speak (peer/witness.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from coloebpf.model import Role
+from coloebpf.service.beat_frames import FwdBeat, FwdSender
+from coloebpf.service.log import say
+from coloebpf.service.peer.messages import Beat, Hello
+from coloebpf.service.peer.witness import Granter, Speaker, newer
+
+log = logging.getLogger(__name__)
+
+NEVER_NS = -(1 << 62)  # before any moment of the clock
+NS_PER_S = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A pair to watch. `fwds`: NIC's number -> (forward device, VLAN id or 0). `leased`: as its arbiter is."""
+
+    pair: int
+    role: Role
+    fwds: Mapping[int, tuple[str, int]]
+    leased: bool = True
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Which paths are alive."""
+
+    mgmt: bool
+    fwd: Mapping[int, bool] = field(default_factory=dict)  # pair -> at least one of its NICs' forward links
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Pairs of which neither path is."""
+        return frozenset(pair for pair, alive in self.fwd.items() if not alive and not self.mgmt)
+
+
+def verdict(now_ns: int, last_mgmt_ns: int, last_fwd_ns: Mapping[int, int], timeout_ns: int) -> Paths:
+    """A path is alive if something was heard on it in the last `timeout_ns`; `last_fwd_ns` by pair."""
+    since = now_ns - timeout_ns
+    return Paths(last_mgmt_ns > since, {pair: last > since for pair, last in last_fwd_ns.items()})
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Who is told what; all of them run on the event loop and must not block.
+
+    `lost(pair)`: neither path brings anything, ask the arbiter now. On a secondary its grants have stopped before.
+    `back(pair)`: after `lost`, a beat has come. `lease(pair, deadline_ns)`: the primary may speak until then.
+    `expect(cookie)`: the session of the peer whose frames on fwd count from now on.
+    """
+
+    lost: Callable[[int], None]
+    back: Callable[[int], None]
+    lease: Callable[[int, int], None]
+    expect: Callable[[bytes], None]
+
+
+class Heartbeat:
+    """Both directions of both paths, for all pairs of this host.
+
+    `session`: this service's cookie. `send`: the link's. `fwd_beats`: what the programs have noted, by NIC.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: bytes,
+        interval_ns: int,
+        timeout_ns: int,
+        lease_ns: int,
+        clock: Callable[[], int],
+        send: Callable[[Beat], bool],
+        fwd_beats: Callable[[], Mapping[int, FwdBeat]],
+        reports: Reports,
+    ) -> None:
+        now = clock()
+        self.interval_ns, self.timeout_ns = interval_ns, timeout_ns
+        self.granter, self.speaker = Granter(lease_ns, now), Speaker(lease_ns)
+        self.paths = Paths(False)
+        self.rtt_ns: int | None = None
+        self.mgmt_beats = 0
+        self.fwd_counts: dict[int, int] = {}  # NIC -> beats seen; two between two looks count as one
+        self.stalls = 0
+        self.last_mgmt_ns = NEVER_NS
+        self.last_fwd_ns: dict[int, int] = {}  # NIC -> when
+        self._session, self._clock, self._send, self._fwd_beats = session, clock, send, fwd_beats
+        self._reports = reports
+        self._watches: dict[int, Watch] = {}
+        self._senders: dict[int, FwdSender] = {}
+        self._lost: set[int] = set()
+        # A random start: the echo of a beat of this service's predecessor is not taken for one of its own.
+        self._number = secrets.randbelow(1 << 31) + 1
+        self._peer_cookie = b""
+        self._heard = 0  # the peer's newest beat, on any path; 0: none of this session
+        self._heard_ns = NEVER_NS
+        self._tick_ns = now
+        self._judge_from_ns = now + timeout_ns
+        self._passed_over = False
+        self._fwd_numbers: dict[int, int] = {}  # NIC -> the newest of the peer's present session
+        self._deadlines: dict[int, int] = {}  # pair -> the last that was reported
+
+    # ---- for the owner ---------------------------------------------------------------------------------------------
+
+    def watch(self, watches: Iterable[Watch]) -> None:
+        """From here on just these pairs. Those that are new are not judged before a whole timeout has passed."""
+        before, self._watches = self._watches, {watch.pair: watch for watch in watches}
+        wanted = {nic: fwd for watch in self._watches.values() for nic, fwd in watch.fwds.items()}
+        for nic, sender in list(self._senders.items()):
+            if wanted.get(nic) != (sender.device, sender.vlan):
+                self._senders.pop(nic).close()
+        for nic, (device, vlan) in wanted.items():
+            if nic not in self._senders:
+                self._senders[nic] = FwdSender(device, vlan)
+        for pair in before.keys() - self._watches.keys():
+            self._lost.discard(pair)
+            self.granter.set_granting(pair, False)
+        if self._watches.keys() - before.keys():
+            self._judge_from_ns = self._clock() + self.timeout_ns
+
+    def set_granting(self, pair: int, on: bool) -> None:
+        """On a secondary: the primary may speak because of our beats. Ends by itself when `lost` is reported."""
+        self.granter.set_granting(pair, on)
+
+    async def wait_safe(self, pair: int) -> None:
+        """On a secondary, with grants stopped: returns when the primary can't be speaking any more."""
+        while (left := self.granter.safe_at_ns(pair) - self._clock()) > 0:
+            await asyncio.sleep(left / NS_PER_S)
+
+    def peer_up(self, hello: Hello) -> None:
+        """The link has a session."""
+        cookie = bytes.fromhex(hello.session)
+        if cookie != self._peer_cookie:  # a new service: it numbers its beats anew
+            self._peer_cookie, self._heard, self._heard_ns = cookie, 0, NEVER_NS
+            self._fwd_numbers.clear()
+            self._reports.expect(cookie)
+        # Each side counts with the shorter of the two leases where it speaks, and with its own where it is silent.
+        self.speaker.lease_ns = min(self.granter.lease_ns, hello.lease_ns)
+
+    def received(self, beat: Beat) -> None:
+        """A beat on the link."""
+        now = self._clock()
+        self.mgmt_beats += 1
+        self.last_mgmt_ns = now
+        self._hear(beat.number, now)
+        sent = self.speaker.sent_at_ns(beat.echo)
+        if sent is not None:
+            self.rtt_ns = max(0, now - sent - beat.echo_age_ns)
+        for pair in beat.granted:
+            self._granted(pair, beat.echo)
+
+    async def run(self) -> None:
+        """Beats, until it is cancelled."""
+        try:
+            while True:
+                self.tick()
+                behind = self._clock() - self._tick_ns
+                await asyncio.sleep(max(0, self.interval_ns - behind) / NS_PER_S)
+        finally:
+            for sender in self._senders.values():
+                sender.close()
+            self._senders.clear()
+
+    # ---- one beat --------------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Looks, judges, sends. `run` calls it each interval."""
+        now = self._clock()
+        late = now - self._tick_ns
+        self._tick_ns = now
+        self._look(now)
+        if late > self.timeout_ns:
+            self.stalls += 1
+            self._judge_from_ns = now + self.timeout_ns
+            say(log, logging.WARNING, "this service stood still, so it judges nobody for a while", ms=late // 1_000_000)
+        # After a shorter pause what has come meanwhile may still be in the link's socket: judge at the next tick.
+        self._passed_over = late > 2 * self.interval_ns and not self._passed_over
+        if now >= self._judge_from_ns and not self._passed_over:
+            self._judge(now)
+        self._beat(now)
+
+    def _look(self, now: int) -> None:
+        """Takes over what the programs have noted. A counter that stands still, or a foreign cookie, is no beat."""
+        nics = {nic: watch for watch in self._watches.values() for nic in watch.fwds}
+        for nic, beat in self._fwd_beats().items():
+            watch = nics.get(nic)
+            if watch is None or not self._peer_cookie or beat.cookie != self._peer_cookie:
+                continue
+            known = self._fwd_numbers.get(nic)
+            if known is not None and not newer(beat.number, known):
+                continue
+            self._fwd_numbers[nic] = beat.number
+            self.last_fwd_ns[nic] = beat.last_ns
+            self.fwd_counts[nic] = self.fwd_counts.get(nic, 0) + 1
+            self._hear(beat.number, beat.last_ns)
+            if beat.echo:
+                self._granted(watch.pair, beat.echo)
+
+    def _hear(self, number: int, at_ns: int) -> None:
+        if not self._heard or newer(number, self._heard):
+            self._heard, self._heard_ns = number, at_ns
+
+    def _granted(self, pair: int, echo: int) -> None:
+        watch = self._watches.get(pair)
+        deadline = self.speaker.deadline_ns(echo)
+        if watch is None or not watch.leased or watch.role is not Role.PRIMARY or deadline is None:
+            return
+        if deadline > self._deadlines.get(pair, NEVER_NS):  # two paths bring each grant twice
+            self._deadlines[pair] = deadline
+            self._reports.lease(pair, deadline)
+
+    def _judge(self, now: int) -> None:
+        last_fwd = {pair: self._last_fwd(watch) for pair, watch in self._watches.items()}
+        paths, before = verdict(now, self.last_mgmt_ns, last_fwd, self.timeout_ns), self.paths
+        self.paths = paths
+        if self._watches:
+            self._warn("management", before.mgmt, paths.mgmt, None)
+        for pair, alive in paths.fwd.items():
+            self._warn("forward", before.fwd.get(pair, False), alive, pair)
+        for pair, watch in self._watches.items():
+            if pair not in paths.lost:
+                if pair in self._lost:
+                    self._lost.discard(pair)
+                    self._reports.back(pair)
+            elif pair not in self._lost and now >= self._patience_ends(watch, max(self.last_mgmt_ns, last_fwd[pair])):
+                self._lost.add(pair)
+                self.granter.set_granting(pair, False)
+                say(log, logging.ERROR, "the peer is lost on both paths", pair=pair, role=watch.role.name.lower())
+                self._reports.lost(pair)
+
+    def _patience_ends(self, watch: Watch, last_ns: int) -> int:
+        """When the arbiter is asked: a primary at once, a secondary later, so that a living primary is first."""
+        return last_ns + (self.timeout_ns if watch.role is Role.PRIMARY else self.granter.lease_ns)
+
+    def _last_fwd(self, watch: Watch) -> int:
+        return max((self.last_fwd_ns.get(nic, NEVER_NS) for nic in watch.fwds), default=NEVER_NS)
+
+    def _warn(self, path: str, before: bool, now: bool, pair: int | None) -> None:
+        if before and not now:
+            say(log, logging.WARNING, "a path to the peer is lost", path=path, pair=pair)
+        elif now and not before:
+            say(log, logging.INFO, "a path to the peer is alive", path=path, pair=pair)
+
+    def _beat(self, now: int) -> None:
+        self._number = self._number % 0xFFFFFFFF + 1  # never 0, which stands for none
+        self.speaker.sending(self._number, now)
+        age = now - self._heard_ns
+        # An answer that comes too late to renew anything is none: the peer's service may be another one by now.
+        echo = self._heard if self._heard and age < self.granter.lease_ns else 0
+        granted = tuple(sorted(self.granter.pairs & self._watches.keys())) if echo else ()
+        for pair in granted:
+            self.granter.promise(pair, self._heard_ns)
+        self._send(Beat(self._number, echo, age if echo else 0, granted))
+        for pair, watch in self._watches.items():
+            for nic in watch.fwds:
+                self._senders[nic].send(self._session, self._number, echo if pair in granted else 0)

@@ -1,0 +1,1 @@
+"""The two services' link over the management network: certificates, messages, the connection."""

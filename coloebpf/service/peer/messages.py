@@ -1,0 +1,272 @@
+"""What the two services say to each other: the messages, and their form on the wire.
+
+A frame is its length (4 bytes, big endian, MAX_BYTES at most) and a JSON object with "v" (VERSION), "type", "seq" and
+the fields of the message's class, all of them and no others. `seq` is 1 for the first message of a session and one more
+for each that follows: whatever else comes is a repetition, or a gap, and ends the session.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn
+
+from coloebpf.errors import MessageError
+from coloebpf.model import MAX_PAIRS, Role, State
+
+VERSION = 1
+MAX_BYTES = 65_536  # of a frame behind its length; a hello of MAX_PAIRS pairs takes some 8,000
+HEADER_BYTES = 4
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")  # of a host or a pair, as the configuration has it
+MAX_REASON = 1000  # characters of a bye
+SESSION_BYTES = 16  # of a service instance's random cookie
+U32, U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+
+Check = Callable[[Any], Any]
+
+
+def _wrong(what: str) -> NoReturn:
+    raise ValueError(what)
+
+
+def _integer(top: int) -> Check:
+    def check(value: Any) -> int:
+        # bool is an int to Python, not to us
+        return value if type(value) is int and 0 <= value <= top else _wrong(f"a number up to {top}")
+
+    return check
+
+
+def _text(longest: int) -> Check:
+    def check(value: Any) -> str:
+        fits = isinstance(value, str) and len(value) <= longest and value.isprintable()
+        return str(value) if fits else _wrong(f"a text of {longest} characters at most")
+
+    return check
+
+
+def _name(value: Any) -> str:
+    return str(value) if isinstance(value, str) and NAME.fullmatch(value) else _wrong("a name")
+
+
+def _cookie(value: Any) -> str:
+    plain = isinstance(value, str) and len(value) == 2 * SESSION_BYTES and not value.strip("0123456789abcdef")
+    return str(value) if plain else _wrong(f"{2 * SESSION_BYTES} hexadecimal digits")
+
+
+def _word(kind: type[Role] | type[State]) -> Check:
+    words = {member.name.lower(): member for member in kind}
+
+    def check(value: Any) -> Role | State:
+        return words[value] if isinstance(value, str) and value in words else _wrong(f"one of {', '.join(words)}")
+
+    return check
+
+
+def _many(check_one: Check) -> Check:
+    def check(value: Any) -> tuple[Any, ...]:
+        fits = isinstance(value, list) and len(value) <= MAX_PAIRS
+        return tuple(map(check_one, value)) if fits else _wrong(f"an array of {MAX_PAIRS} at most")
+
+    return check
+
+
+def _object(build: Callable[[], type[Any]]) -> Check:
+    return lambda value: _fill(build(), value) if isinstance(value, dict) else _wrong("an object")
+
+
+def _by(check: Check) -> dict[str, Check]:
+    """Metadata of a field: what its value on the wire has to pass."""
+    return {"check": check}
+
+
+_PAIR, _EPOCH, _TIME = _integer(MAX_PAIRS - 1), _integer(U32), _integer(U64)
+
+
+@dataclass(frozen=True)
+class PairNote:
+    """A pair as its host has it; in a hello."""
+
+    number: int = field(metadata=_by(_PAIR))
+    name: str = field(metadata=_by(_name))
+    role: Role = field(metadata=_by(_word(Role)))
+    state: State = field(metadata=_by(_word(State)))
+    epoch: int = field(metadata=_by(_EPOCH))
+
+
+@dataclass(frozen=True)
+class Hello:
+    """First of a session, from both sides.
+
+    `session`: random, the same for the life of the service. `connection`: counts this service's tries to connect.
+    `lease_ns`: how long each of this host's grants to speak lasts (witness.py).
+    """
+
+    TYPE: ClassVar[str] = "hello"
+    name: str = field(metadata=_by(_name))
+    session: str = field(metadata=_by(_cookie))
+    connection: int = field(metadata=_by(_TIME))
+    lease_ns: int = field(metadata=_by(_TIME))
+    pairs: tuple[PairNote, ...] = field(metadata=_by(_many(_object(lambda: PairNote))))
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A heartbeat (heartbeat.py). `echo`: the highest `number` heard of the other side, `echo_age_ns` ago.
+
+    `granted`: the pairs whose primary, being the other host, may go on speaking because of this beat (witness.py).
+    """
+
+    TYPE: ClassVar[str] = "beat"
+    number: int = field(metadata=_by(_integer(U32)))
+    echo: int = field(metadata=_by(_integer(U32)))
+    echo_age_ns: int = field(metadata=_by(_TIME))
+    granted: tuple[int, ...] = field(metadata=_by(_many(_PAIR)))
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """To the secondary: clear the translations now, a checkpoint is about to be asked for."""
+
+    TYPE: ClassVar[str] = "prepare"
+    pair: int = field(metadata=_by(_PAIR))
+    request: int = field(metadata=_by(_TIME))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The secondary's answer to the `prepare` of the same `request`."""
+
+    TYPE: ClassVar[str] = "prepared"
+    pair: int = field(metadata=_by(_PAIR))
+    request: int = field(metadata=_by(_TIME))
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """The PVM stands still; `epoch` is the new one."""
+
+    TYPE: ClassVar[str] = "suspended"
+    pair: int = field(metadata=_by(_PAIR))
+    epoch: int = field(metadata=_by(_EPOCH))
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The secondary has the whole state of `epoch`."""
+
+    TYPE: ClassVar[str] = "committed"
+    pair: int = field(metadata=_by(_PAIR))
+    epoch: int = field(metadata=_by(_EPOCH))
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The SVM runs again."""
+
+    TYPE: ClassVar[str] = "resumed"
+    pair: int = field(metadata=_by(_PAIR))
+
+
+@dataclass(frozen=True)
+class StateNote:
+    """The sender's side of the pair has a new state."""
+
+    TYPE: ClassVar[str] = "state"
+    pair: int = field(metadata=_by(_PAIR))
+    state: State = field(metadata=_by(_word(State)))
+    epoch: int = field(metadata=_by(_EPOCH))
+
+
+@dataclass(frozen=True)
+class Bye:
+    """The service ends on purpose."""
+
+    TYPE: ClassVar[str] = "bye"
+    reason: str = field(metadata=_by(_text(MAX_REASON)))
+
+
+Message = Hello | Beat | Prepare | Prepared | Suspended | Committed | Resumed | StateNote | Bye
+TYPES: dict[str, type[Message]] = {
+    kind.TYPE: kind for kind in (Hello, Beat, Prepare, Prepared, Suspended, Committed, Resumed, StateNote, Bye)
+}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Role | State):
+        return value.name.lower()
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return (
+        {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, PairNote)
+        else value
+    )
+
+
+def encode(message: Message, seq: int) -> bytes:
+    """The message as a frame. Raises MessageError if it is too long, which a field's bounds exclude."""
+    fields = {f.name: _plain(getattr(message, f.name)) for f in dataclasses.fields(message)}
+    body = json.dumps({"v": VERSION, "type": message.TYPE, "seq": seq, **fields}, separators=(",", ":")).encode()
+    if len(body) > MAX_BYTES:
+        raise MessageError("oversized", f"a {message.TYPE} of {len(body)} bytes")
+    return len(body).to_bytes(HEADER_BYTES, "big") + body
+
+
+def body_bytes(header: bytes) -> int:
+    """Length of the body that follows `header`. Raises MessageError if none can be as long."""
+    length = int.from_bytes(header, "big")
+    if length > MAX_BYTES:
+        raise MessageError("oversized", f"announced {length} bytes, {MAX_BYTES} is the most")
+    return length
+
+
+def decode(body: bytes, seq: int) -> Message:
+    """The message in a frame's body, which must be number `seq`. Raises MessageError with what it counts as."""
+    content = _json(body)
+    version = content.pop("v", None)
+    if type(version) is not int or version != VERSION:
+        raise MessageError("version", f"version {str(version)[:20]} instead of {VERSION}")
+    number = content.pop("seq", None)
+    if type(number) is not int or number != seq:
+        raise MessageError("replay", f"message number {str(number)[:20]} instead of {seq}")
+    name = content.pop("type", None)
+    kind = TYPES.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise MessageError("malformed", f"type {str(name)[:20]!r} is unknown")
+    try:
+        message: Message = _fill(kind, content)
+        return message
+    except ValueError as e:
+        raise MessageError("malformed", f"{name}: {e}") from e
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        return found if len(found) == len(pairs) else _wrong("a key comes twice")
+
+    try:
+        content = json.loads(body.decode(), object_pairs_hook=once, parse_constant=_wrong)
+    except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise MessageError("malformed", f"no JSON: {str(e)[:80]}") from e
+    if not isinstance(content, dict):
+        raise MessageError("malformed", "no JSON object")
+    return content
+
+
+def _fill(kind: type[Any], content: dict[str, Any]) -> Any:
+    """An instance of `kind`, each field checked. Raises ValueError with the field."""
+    fields = dataclasses.fields(kind)
+    if content.keys() != {f.name for f in fields}:
+        raise ValueError(f"has not just the fields {', '.join(f.name for f in fields)}")
+    values = {}
+    for f in fields:
+        try:
+            values[f.name] = f.metadata["check"](content[f.name])
+        except ValueError as e:
+            raise ValueError(f"{f.name} must be {e}") from e
+    return kind(**values)
