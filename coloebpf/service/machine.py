@@ -51,7 +51,10 @@ def _table() -> dict[tuple[Role, State, Trigger], State]:
     row(Trigger.PROTECT, (SECONDARY,), (SYNCING, LOCKSTEP, CHECKPOINTING, HALTED), SYNCING)
     row(Trigger.SYNCED, both, (SYNCING,), LOCKSTEP)
     # Also before the first commit: what the PVM sends after it stood still is not in the copy, so it has to be held.
-    row(Trigger.SUSPENDED, both, (SYNCING, LOCKSTEP, CHECKPOINTING), CHECKPOINTING)
+    row(Trigger.SUSPENDED, (PRIMARY,), (SYNCING, LOCKSTEP, CHECKPOINTING), CHECKPOINTING)
+    # The secondary is no replica before the first commit, and must not take over.
+    row(Trigger.SUSPENDED, (SECONDARY,), (SYNCING,))
+    row(Trigger.SUSPENDED, (SECONDARY,), (LOCKSTEP, CHECKPOINTING), CHECKPOINTING)
     row(Trigger.COMMITTED, both, (CHECKPOINTING,), LOCKSTEP)
     # Behind `suspended` the old SVM may have been touched: only the next commit leads out.
     row(Trigger.FAILED, both, REPLICATED)
