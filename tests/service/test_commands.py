@@ -307,7 +307,6 @@ def test_mistakes_are_lines_and_the_exit_code_is_1(tmp_path: Path, capsys: Outpu
 
 
 def test_init_pki_makes_files_once(tmp_path: Path, capsys: Output) -> None:
-    pytest.importorskip("coloebpf.service.peer.pki")
     words = ["config", "init-pki", "a", "b", "--directory", str(tmp_path / "pki")]
     assert main(words) == 0
     said = capsys.readouterr()

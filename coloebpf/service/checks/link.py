@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import socket
 from collections.abc import Iterator
 
 from coloebpf.errors import NoServiceError
 from coloebpf.service.checks.finding import OK, WARN, Finding, Host
 from coloebpf.service.commands import client
+from coloebpf.service.peer import pki
 
 RENEW_DAYS = 30  # before its end a certificate is worth a warning; so has the alert ColoebpfCertificateEnds
 CONNECT_S = 1.0  # hosts of a pair stand side by side
@@ -16,7 +16,6 @@ CONNECT_S = 1.0  # hosts of a pair stand side by side
 
 def certificates(host: Host) -> Iterator[Finding]:
     """All that can be wrong with them before a connection is tried."""
-    pki = importlib.import_module("coloebpf.service.peer.pki")
     peer = host.known.peer
     if peer is None:
         yield Finding(OK, "no peer is configured")

@@ -168,7 +168,7 @@ def _config_example(_: argparse.Namespace) -> None:
 
 
 def _config_init_pki(args: argparse.Namespace) -> None:
-    pki = importlib.import_module("coloebpf.service.peer.pki")
+    from coloebpf.service.peer import pki
 
     for path in pki.init_pki(args.directory, args.hosts):
         print(path)
