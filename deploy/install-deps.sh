@@ -9,7 +9,7 @@ packages=(python3-bpfcc python3-cryptography linux-headers-amd64 bpftool iproute
           redis-server redis-tools)
 # What the tests and benchmarks drive on top of it.
 test_packages=(qemu-system-x86 qemu-system-common busybox-static cpio gcc libc6-dev nginx-light curl iperf3 nftables tcpdump
-               prometheus etcd-server)
+               prometheus etcd-server systemd)
 # Servers whose packages would start them at once and at each boot; the lab starts its own copies in its namespaces.
 services=(redis-server nginx prometheus etcd)
 
