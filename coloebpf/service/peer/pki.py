@@ -259,8 +259,8 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 def _verify(ca: x509.Certificate, own: x509.Certificate) -> None:
     signer = ca.public_key()
-    if own.issuer != ca.subject or own.signature_hash_algorithm is None:
-        raise ValueError("another issuer")
+    if own.signature_hash_algorithm is None:
+        raise ValueError("no hash")
     if not isinstance(signer, ec.EllipticCurvePublicKey):
         raise TypeError("not an elliptic curve")
     signer.verify(own.signature, own.tbs_certificate_bytes, ec.ECDSA(own.signature_hash_algorithm))
