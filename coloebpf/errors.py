@@ -62,7 +62,7 @@ class LinkError(ColoError):
 
 
 class MessageError(ColoError):
-    """What came over the link is no message that may come there. `kind`: what it counts as, of REFUSALS in status.py."""
+    """What came over the link is no message that may come there. `kind`: which of REFUSALS (status.py) it is."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
