@@ -18,7 +18,8 @@ from coloebpf.model import Role
 from coloebpf.service.beat_frames import FwdBeat, FwdSender
 from coloebpf.service.log import say
 from coloebpf.service.peer.messages import Beat, Hello
-from coloebpf.service.peer.witness import Granter, Speaker, newer
+from coloebpf.service.peer.witness import NS_PER_MS, Granter, Speaker, newer
+from coloebpf.service.status import PathStatus
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +29,11 @@ NS_PER_S = 1_000_000_000
 
 @dataclass(frozen=True)
 class Watch:
-    """A pair to watch. `fwds`: NIC's number -> (forward device, VLAN id or 0). `leased`: as its arbiter is."""
+    """A pair to watch. `fwds`: NIC's number -> (forward device, VLAN id or 0)."""
 
     pair: int
     role: Role
     fwds: Mapping[int, tuple[str, int]]
-    leased: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ def verdict(now_ns: int, last_mgmt_ns: int, last_fwd_ns: Mapping[int, int], time
 class Reports:
     """Who is told what; all of them run on the event loop and must not block.
 
-    `lost(pair)`: neither path brings anything, ask the arbiter now. On a secondary its grants have stopped before.
-    `back(pair)`: after `lost`, a beat has come. `lease(pair, deadline_ns)`: the primary may speak until then.
+    `lost(pair)`: neither path brings anything, ask the arbiter now. On a secondary its grants have stopped before. On a
+    primary also when beats come, but its leave to speak has ended: the other side does not hear it, or has asked.
+    `back(pair)`: that is over. `lease(pair, deadline_ns)`: the primary may speak until then.
     `expect(cookie)`: the session of the peer whose frames on fwd count from now on.
     """
 
@@ -112,7 +113,7 @@ class Heartbeat:
         self._judge_from_ns = now + timeout_ns
         self._passed_over = False
         self._fwd_numbers: dict[int, int] = {}  # NIC -> the newest of the peer's present session
-        self._deadlines: dict[int, int] = {}  # pair -> the last that was reported
+        self._deadlines: dict[int, int | None] = {}  # leased pair -> the last that was reported
 
     # ---- for the owner ---------------------------------------------------------------------------------------------
 
@@ -128,13 +129,36 @@ class Heartbeat:
                 self._senders[nic] = FwdSender(device, vlan)
         for pair in before.keys() - self._watches.keys():
             self._lost.discard(pair)
-            self.granter.set_granting(pair, False)
+            self.set_granting(pair, False)
+            self.set_leased(pair, False)
         if self._watches.keys() - before.keys():
             self._judge_from_ns = self._clock() + self.timeout_ns
 
     def set_granting(self, pair: int, on: bool) -> None:
         """On a secondary: the primary may speak because of our beats. Ends by itself when `lost` is reported."""
         self.granter.set_granting(pair, on)
+
+    def set_leased(self, pair: int, on: bool) -> None:
+        """On a primary, from just before lock-step to its end: `lease` is reported, and it is `lost` to have none."""
+        if on:
+            self._deadlines.setdefault(pair, None)
+        else:
+            self._deadlines.pop(pair, None)
+
+    def status(self) -> list[PathStatus]:
+        """The management path, and each forward device."""
+        now, noted = self._clock(), self._fwd_beats()
+        found = {"management": PathStatus(name="management", beats=self.mgmt_beats)}
+        last = {"management": self.last_mgmt_ns}
+        for nic, sender in self._senders.items():  # several NICs may share a device
+            path = found.setdefault(sender.device, PathStatus(name=sender.device))
+            path.beats += self.fwd_counts.get(nic, 0)
+            path.strangers += noted[nic].strangers if nic in noted else 0
+            last[sender.device] = max(last.get(sender.device, NEVER_NS), self.last_fwd_ns.get(nic, NEVER_NS))
+        for name, path in found.items():
+            path.alive = last[name] > now - self.timeout_ns
+            path.seen_ago_ms = (now - last[name]) / NS_PER_MS if last[name] != NEVER_NS else None
+        return list(found.values())
 
     async def wait_safe(self, pair: int) -> None:
         """On a secondary, with grants stopped: returns when the primary can't be speaking any more."""
@@ -215,11 +239,10 @@ class Heartbeat:
             self._heard, self._heard_ns = number, at_ns
 
     def _granted(self, pair: int, echo: int) -> None:
-        watch = self._watches.get(pair)
         deadline = self.speaker.deadline_ns(echo)
-        if watch is None or not watch.leased or watch.role is not Role.PRIMARY or deadline is None:
+        if pair not in self._deadlines or deadline is None:
             return
-        if deadline > self._deadlines.get(pair, NEVER_NS):  # two paths bring each grant twice
+        if deadline > (self._deadlines[pair] or 0):  # two paths bring each grant twice
             self._deadlines[pair] = deadline
             self._reports.lease(pair, deadline)
 
@@ -232,14 +255,21 @@ class Heartbeat:
         for pair, alive in paths.fwd.items():
             self._warn("forward", before.fwd.get(pair, False), alive, pair)
         for pair, watch in self._watches.items():
-            if pair not in paths.lost:
+            deadline = self._deadlines.get(pair)
+            silenced = deadline is not None and deadline < now
+            if pair not in paths.lost and not silenced:
                 if pair in self._lost:
                     self._lost.discard(pair)
                     self._reports.back(pair)
-            elif pair not in self._lost and now >= self._patience_ends(watch, max(self.last_mgmt_ns, last_fwd[pair])):
+            elif pair not in self._lost and (
+                silenced or now >= self._patience_ends(watch, max(self.last_mgmt_ns, last_fwd[pair]))
+            ):
                 self._lost.add(pair)
                 self.granter.set_granting(pair, False)
-                say(log, logging.ERROR, "the peer is lost on both paths", pair=pair, role=watch.role.name.lower())
+                why = (
+                    "the peer is lost on both paths" if pair in paths.lost else "the peer has ended our leave to speak"
+                )
+                say(log, logging.ERROR, why, pair=pair, role=watch.role.name.lower())
                 self._reports.lost(pair)
 
     def _patience_ends(self, watch: Watch, last_ns: int) -> int:

@@ -406,6 +406,27 @@ def test_what_is_no_etcd_gives_no_answer(pair: Pair) -> None:
     run(work())
 
 
+def test_an_answer_that_drips_is_not_waited_for(pair: Pair) -> None:
+    """Each byte is in time; the client's own timeout would never end."""
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(b"H")
+            await asyncio.sleep(0.1)
+
+    async def work() -> None:
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        config = EtcdConfig(endpoints=(f"http://127.0.0.1:{port}",), lease_s=TTL, request_timeout_ms=300)
+        a = EtcdArbiter(config, "a", time.monotonic_ns)
+        async with asyncio.timeout(2):
+            with pytest.raises(ArbiterError, match=r"nothing in 0\.3 s"):
+                await a.check()
+        server.close()
+
+    run(work())
+
+
 # ---- three of them ---------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -22,6 +22,7 @@ from coloebpf.service.beat_frames import FwdBeat, FwdSender
 from coloebpf.service.heartbeat import NEVER_NS, Heartbeat, Paths, Reports, Watch, verdict
 from coloebpf.service.peer.messages import Beat, Hello
 from coloebpf.service.peer.witness import DRIFT, IN_FLIGHT_NS
+from coloebpf.service.status import PathStatus
 
 MS = 1_000_000
 INTERVAL, TIMEOUT, LEASE = 50 * MS, 200 * MS, 300 * MS
@@ -269,6 +270,7 @@ def test_numbers_go_round() -> None:
 
 def test_a_grant_on_either_path_is_a_deadline_once() -> None:
     bench = Bench()
+    bench.beat.set_leased(0, True)
     bench.ticks(1)
     sent_at, number = bench.now, bench.sent.number
     bench.now += 10 * MS
@@ -286,19 +288,54 @@ def test_a_grant_on_either_path_is_a_deadline_once() -> None:
 
 def test_the_shorter_lease_of_the_two_counts() -> None:
     bench = Bench()
+    bench.beat.set_leased(0, True)
     bench.beat.peer_up(Hello("b", PEER.hex(), 1, 100 * MS, ()))
     bench.ticks(1)
     bench.mgmt(echo=bench.sent.number, granted=(0,))
     assert bench.told("lease") == [(0, bench.now + 100 * MS)]
 
 
-def test_neither_a_secondary_nor_a_pair_without_leases_gets_deadlines() -> None:
-    for watch in (Watch(0, Role.SECONDARY, {}), Watch(0, Role.PRIMARY, {}, leased=False)):
-        bench = Bench()
-        bench.beat.watch([watch])
-        bench.ticks(1)
-        bench.mgmt(echo=bench.sent.number, granted=(0,))
-        assert bench.told("lease") == []
+def test_a_pair_that_is_not_leased_gets_no_deadlines() -> None:
+    bench = Bench()
+    bench.beat.set_leased(0, True)
+    bench.beat.set_leased(0, False)
+    bench.ticks(1)
+    bench.mgmt(echo=bench.sent.number, granted=(0,))
+    assert bench.told("lease") == []
+
+
+def test_leave_that_has_ended_is_a_loss_and_leave_that_comes_again_its_end() -> None:
+    bench = Bench()
+    bench.beat.set_leased(0, True)
+    bench.ticks(5, "mgmt")
+    assert bench.told("lost") == []  # it never had any
+    bench.mgmt(echo=bench.sent.number, granted=(0,))
+    bench.ticks(6, "mgmt")
+    assert bench.told("lost") == []
+    bench.ticks(4, "mgmt")
+    assert bench.told("lost") == [0]
+    bench.mgmt(echo=bench.sent.number, granted=(0,))
+    bench.ticks(1, "mgmt")
+    assert bench.told("back") == [0]
+    bench.beat.set_leased(0, False)  # the pair is alone by the arbiter's leave, or not protected any more
+    bench.ticks(20, "mgmt")
+    assert bench.told("lost") == [0]
+
+
+def test_the_status_of_the_paths() -> None:
+    bench = Bench()
+    bench.beat.watch(
+        [Watch(0, Role.PRIMARY, {4: ("fwd0", 1), 5: ("fwd0", 2)}), Watch(1, Role.PRIMARY, {6: ("fwd1", 0)})]
+    )
+    bench.ticks(5, "mgmt", "fwd")
+    bench.fwd(nic=5)
+    bench.noted[5] = replace(bench.noted[5], strangers=3)
+    bench.ticks(2)
+    assert bench.beat.status() == [
+        PathStatus(name="management", alive=True, seen_ago_ms=100.0, beats=5),
+        PathStatus(name="fwd0", alive=True, seen_ago_ms=100.0, beats=6, strangers=3),
+        PathStatus(name="fwd1", alive=False, seen_ago_ms=None),
+    ]
 
 
 def test_a_new_pair_is_not_judged_at_once_and_an_old_one_is_forgotten() -> None:

@@ -88,6 +88,8 @@ class Host:
         self.beat._senders[PAIR] = self  # type: ignore[assignment]
         if self.role is Role.SECONDARY:
             self.beat.set_granting(PAIR, True)
+        else:
+            self.beat.set_leased(PAIR, True)
 
     def clock(self) -> int:
         return self.offset + self.world.now + self.world.now * self.ppm // 1_000_000
@@ -120,6 +122,7 @@ class World:
         self.now = 0
         self.mgmt_delay: int | None = MS  # None: cut
         self.fwd_delay: int | None = MS
+        self.deaf: set[Role] = set()  # nothing arrives there
         self.frozen: set[Role] = set()
         self.flying: list[tuple[int, Role, object]] = []
         self.primary = Host(Role.PRIMARY, self, offset, ppm)
@@ -161,7 +164,9 @@ class World:
     def arrive(self, item: tuple[int, Role, object]) -> None:
         _, role, what = item
         host = next(h for h in self.hosts() if h.role is role)
-        if isinstance(what, tuple):  # the kernel notes it, frozen service or not
+        if role in self.deaf:
+            self.flying.remove(item)
+        elif isinstance(what, tuple):  # the kernel notes it, frozen service or not
             self.flying.remove(item)
             host.noted = FwdBeat(host.clock(), what[0], what[1], 0)
         elif role not in self.frozen:
@@ -216,6 +221,19 @@ def test_when_the_links_are_cut_the_primary_asks_first_and_while_it_may_still_sp
     assert not world.secondary.beat.granter.pairs
 
 
+def test_a_primary_that_is_not_heard_asks_when_its_leave_has_ended() -> None:
+    """It hears the other side all the time; without this it would be silent for ever, and nobody would know."""
+    world = World()
+    world.step(500)
+    world.deaf.add(Role.SECONDARY)
+    while world.primary.speaks:
+        world.step(1)
+        assert not world.primary.lost
+    world.step(2 * INTERVAL // MS)
+    assert world.primary.lost == [PAIR]
+    assert world.primary.beat.paths.mgmt
+
+
 def test_a_frozen_primary_wakes_up_without_leave_and_old_beats_give_it_none() -> None:
     world = World()
     world.step(500)
@@ -246,6 +264,8 @@ steps = st.one_of(
     st.tuples(st.just("mgmt"), st.sampled_from([None, MS, 30 * MS, 250 * MS])),
     st.tuples(st.just("fwd"), st.sampled_from([None, MS])),
     st.tuples(st.just("freeze"), st.sampled_from([Role.PRIMARY, Role.SECONDARY])),
+    st.tuples(st.just("deaf"), st.sampled_from([Role.PRIMARY, Role.SECONDARY])),
+    st.tuples(st.just("hearing"), st.just(0)),
     st.tuples(st.just("thaw"), st.just(0)),
     st.tuples(st.just("restart"), st.sampled_from([Role.PRIMARY, Role.SECONDARY])),
     st.tuples(st.just("greet"), st.just(0)),
@@ -267,11 +287,15 @@ def test_never_two(offset: int, ppm: int, plan: list[tuple[str, int | None]]) ->
             world.fwd_delay = how
         elif what == "freeze":
             world.frozen.add(Role(how or 0))
+        elif what == "deaf":
+            world.deaf.add(Role(how or 0))
+        elif what == "hearing":
+            world.deaf.clear()
         elif what == "thaw":
             world.frozen.clear()
         elif what == "restart":
             next(host for host in world.hosts() if host.role is how).start(instance)
-        elif world.mgmt_delay is not None and not world.frozen:
+        elif world.mgmt_delay is not None and not world.frozen and not world.deaf:
             world.greet()
         world.step(1)
     world.step(700)
