@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except PermissionError as error:
-        return _fail(f"{error.filename or 'the kernel'}: {error.strerror}; run it as root", EXIT_FAILED)
+        where = os.fsdecode(error.filename) if error.filename else "the kernel"
+        return _fail(f"{where}: {error.strerror}; run it as root", EXIT_FAILED)
     except Exception as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()

@@ -171,6 +171,16 @@ def test_an_output_that_nobody_reads_is_no_traceback(lab_name: str, unbuffered: 
             1,
             "coloebpf: /run/x: Permission denied; run it as root\n",
         ),
+        (
+            PermissionError(13, "Permission denied", b"/run/x"),
+            1,
+            "coloebpf: /run/x: Permission denied; run it as root\n",
+        ),
+        (
+            PermissionError(1, "Operation not permitted"),
+            1,
+            "coloebpf: the kernel: Operation not permitted; run it as root\n",
+        ),
         (KeyError("vif"), 70, "coloebpf: a mistake of coloebpf's own: KeyError: 'vif' (test_lab_cli.py:"),
     ],
 )

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,19 @@ def test_a_failing_up_leaves_nothing(lab_name: str, interruption: type[BaseExcep
 
     with pytest.raises(interruption):
         commands.up(plan, bring_up)
+    assert remains(lab_name) == []
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, LabError])
+def test_a_temporary_lab_is_gone_afterwards(lab_name: str, error: type[BaseException] | None) -> None:
+    def use() -> None:
+        with commands.temporary(LabPlan(lab_name), None) as record:
+            assert (record["name"], len(remains(lab_name))) == (lab_name, len(NODES) + 1)
+            if error:
+                raise error
+
+    with pytest.raises(error) if error else nullcontext():
+        use()
     assert remains(lab_name) == []
 
 

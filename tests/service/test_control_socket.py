@@ -10,12 +10,15 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coloebpf.errors import BpfError, NoServiceError, ServiceError
 from coloebpf.service import control_socket
@@ -162,6 +165,36 @@ def test_what_is_refused_and_the_connection_goes_on(path: Path, line: bytes, wor
         assert refused["ok"] is False
         assert words in refused["error"]
         assert answered["ok"] is True
+
+    asyncio.run(run())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+REQUESTS = st.binary(max_size=200) | st.builds(
+    lambda *parts: json.dumps({k: v for k, v in zip(("command", "pair", "x"), parts, strict=True) if v != ""}).encode(),
+    st.sampled_from(["status", *control_socket.ORDERS]) | JSON,
+    st.just("web") | JSON,
+    JSON,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(REQUESTS, min_size=1, max_size=5))
+def test_whatever_is_asked_is_answered_and_the_service_goes_on(requests: list[bytes]) -> None:
+    async def run() -> None:
+        with tempfile.TemporaryDirectory() as where:
+            path = Path(where) / "s"
+            async with serving(path):
+                lines = [request.replace(b"\n", b"") + b"\n" for request in requests]
+                answers = await ask(path, *lines, b'{"command": "status"}\n')
+        assert len(answers) == len(lines) + 1
+        assert answers[-1]["ok"]
+        for answer in answers:
+            assert set(answer) == ({"ok", "result"} if answer["ok"] else {"ok", "error"})
 
     asyncio.run(run())
 
