@@ -140,7 +140,7 @@ class Kept:
 
 
 def taken_back(environ: MutableMapping[str, str] = os.environ, pid: int | None = None) -> list[Kept]:
-    """What systemd has handed to this process, oldest first; the variables are removed, so that no child believes them.
+    """What systemd has handed to this process; the variables are removed, so that no child believes them.
 
     Variables that are for another process, or make no sense, give an empty list.
     """

@@ -577,6 +577,15 @@ def test_the_earlier_process_may_not_have_answered_init() -> None:
     asyncio.run(body())
 
 
+def test_what_is_no_connection_is_not_adopted() -> None:
+    async def body() -> None:
+        left, right = socket.socketpair()
+        with left, right, pytest.raises(EngineError, match="no connection of libxl"):
+            Rig().engine.adopt(left, outstanding=False)
+
+    asyncio.run(body())
+
+
 # ---- start, stop, failover ---------------------------------------------------------------------------------------------
 
 

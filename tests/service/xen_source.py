@@ -18,19 +18,18 @@ FETCH_S = 240  # apt-get update and 5 MB
 
 
 class NotToBeHadError(Exception):
-    """The sources, or a compiler, can't be had; the sentence says why."""
+    """The sources can't be had; the sentence says why."""
 
 
 def peer(cache: Path = CACHE) -> Path:
-    """The built program; fetched and compiled if need be. Raises NotToBeHadError."""
-    missing = [name for name in WANTED if not (cache / name).exists()]
-    if missing:
+    """The built program; fetched and compiled if need be. Raises NotToBeHadError, or CalledProcessError of gcc."""
+    if not all((cache / name).exists() for name in WANTED):
         _fetch(cache)
     program = cache / "peer"
     sources = [SHIM / "peer.c", cache / "libxl_colo_proxy.c"]
     inputs = [*sources, *SHIM.rglob("*.h"), cache / "libxl_colo.h"]
     if not program.exists() or program.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
-        _run("gcc", "-O2", "-Wall", "-I", str(SHIM), "-I", str(cache), "-o", str(program), *map(str, sources))
+        subprocess.run(["gcc", "-O2", "-Wall", "-I", SHIM, "-I", cache, "-o", program, *sources], check=True)
     return program
 
 
@@ -59,7 +58,8 @@ def _fetch(cache: Path) -> None:
             if name in WANTED and "/libs/light/" in member.name:
                 content = archive.extractfile(member)
                 assert content is not None
-                (cache / name).write_bytes(content.read())
+                (work / name).write_bytes(content.read())
+                (work / name).rename(cache / name)
 
 
 def _run(*command: str, directory: Path | None = None) -> None:

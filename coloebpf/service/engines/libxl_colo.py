@@ -101,8 +101,12 @@ class LibxlColoEngine:
         wrong False could queue a second request, and that would be a second checkpoint. The pair's state in the
         dataplane tells it, if that is written before request_checkpoint() and after Committed.
         A COLO_CHECKPOINT that the earlier process has read and not handled is lost; the next one commits for both.
+        Raises EngineError for what is no TCP connection.
         """
-        wire.prepare(connection)
+        try:
+            wire.prepare(connection)
+        except OSError as e:
+            raise EngineError(f"pair {self.pair}: what was kept is no connection of libxl: {e.strerror}") from e
         self._on_its_way = self._requested = outstanding
         self._session = Session(self, connection, adopted=True)
         self._say(logging.INFO, "went on with libxl's connection", outstanding=outstanding)

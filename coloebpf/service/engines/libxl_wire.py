@@ -112,6 +112,8 @@ def hurry(connection: socket.socket) -> None:
 def read(connection: socket.socket, limit: int) -> tuple[bytes, int]:
     """Up to `limit` bytes, and when the last of them arrived at the kernel, CLOCK_MONOTONIC ns; 0 if that is not known.
 
+    Bytes that waited together have the last one's time. So a header that waited for longer than the delayed ACK that
+    lets the body come (40 ms, and none while the kernel acknowledges at once) looks that much younger.
     b"" at the end of file. Raises OSError, BlockingIOError too.
     """
     data, ancillary, _, _ = connection.recvmsg(limit, socket.CMSG_SPACE(_TIMESPEC.size))
