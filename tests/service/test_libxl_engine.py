@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -24,6 +25,7 @@ from tests.service.libxl_rig import (
     DO_CHECKPOINT,
     INIT,
     INIT_ANSWER,
+    WAIT_S,
     LibxlProcess,
     Rig,
     Stranger,
@@ -478,14 +480,31 @@ def test_another_user_of_dom0_is_refused() -> None:
 
     async def body() -> None:
         async with rigged() as rig:
-            for manner in ("stay", "leave") * 3:
-                process = await asyncio.create_subprocess_exec(
-                    "/usr/bin/python3", "-c", script, str(rig.engine.port), manner
-                )
-                assert await asyncio.wait_for(process.wait(), 10) == 0
+            command = ["/usr/bin/python3", "-c", script, str(rig.engine.port)]
+            process = await asyncio.create_subprocess_exec(*command, "stay")
+            assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
+            subprocess.run(
+                [*command, "leave"], check=True, timeout=WAIT_S
+            )  # the loop stands still: closed before accepted
+            await asyncio.sleep(0.1)
             assert rig.quiet()
             await Stranger.as_libxl(rig)
             await rig.expect(Ready())
+
+    asyncio.run(body())
+
+
+def test_a_second_connection_hears_nothing_for_as_long_as_libxl_would_wait() -> None:
+    async def body() -> None:
+        async with rigged() as rig:
+            first = await Stranger.as_libxl(rig)
+            await rig.expect(Ready())
+            second = await Stranger.connect(rig.engine.port)
+            second.send(INIT)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(second.reader.read(1), 0.6)
+            assert await second.closed()
+            first.close()
 
     asyncio.run(body())
 
@@ -643,6 +662,21 @@ def test_after_a_failover_nothing_of_the_session_counts_and_libxl_is_not_disturb
             peer.kill()
             await peer.process.wait()
             assert rig.quiet()
+
+    asyncio.run(body())
+
+
+def test_after_a_failover_no_checkpoint_of_the_old_session_releases_anything() -> None:
+    async def body() -> None:
+        async with rigged() as rig:
+            peer = await Stranger.as_libxl(rig)
+            await rig.expect(Ready())
+            await rig.engine.failover()
+            peer.send(COLO_CHECKPOINT)
+            peer.send(INIT)  # answered behind what came before
+            assert await peer.read(len(INIT_ANSWER)) == INIT_ANSWER
+            assert rig.quiet()
+            peer.close()
 
     asyncio.run(body())
 
