@@ -483,9 +483,8 @@ def test_another_user_of_dom0_is_refused() -> None:
             command = ["/usr/bin/python3", "-c", script, str(rig.engine.port)]
             process = await asyncio.create_subprocess_exec(*command, "stay")
             assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
-            subprocess.run(
-                [*command, "leave"], check=True, timeout=WAIT_S
-            )  # the loop stands still: closed before accepted
+            subprocess.run([*command, "leave"], check=True, timeout=WAIT_S)
+            time.sleep(0.2)  # the loop stands still until the kernel has forgotten whose it was
             await asyncio.sleep(0.1)
             assert rig.quiet()
             await Stranger.as_libxl(rig)
@@ -516,9 +515,11 @@ def test_a_crowd_of_second_connections_is_bounded() -> None:
             await rig.expect(Ready())
             crowd = [await Stranger.connect(rig.engine.port) for _ in range(libxl_colo.MAX_REFUSED + 5)]
             start = time.monotonic()
-            closed = [await peer.closed() for peer in reversed(crowd)]
-            assert all(closed)
-            assert time.monotonic() - start < libxl_session.HANDSHAKE_S + 2
+            for peer in crowd[libxl_colo.MAX_REFUSED :]:
+                assert await peer.closed()
+            assert time.monotonic() - start < libxl_session.HANDSHAKE_S / 2, "these are closed at once"
+            for peer in crowd[: libxl_colo.MAX_REFUSED]:
+                assert await peer.closed()
             first.send(COLO_CHECKPOINT)
             await rig.expect(*FIRST[1:])
             first.close()

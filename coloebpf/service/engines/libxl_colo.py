@@ -170,7 +170,6 @@ class LibxlColoEngine:
 
     def ended(self, session: Session, why: str, fault: bool) -> None:
         self._session = None
-        self._on_its_way = self._requested = False
         self._notifier.drop(self._kept_name)
         if not session.init_seen:
             self._say(logging.WARNING, "a connection ended before INIT", why=why)
