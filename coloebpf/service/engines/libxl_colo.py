@@ -22,7 +22,7 @@ from coloebpf.service.engines.libxl_session import Refusal, Session
 from coloebpf.service.fdstore import Notifier, checked_name
 from coloebpf.service.log import say
 
-LATE_NS = 2_000_000  # a younger COLO_CHECKPOINT finds the PVM standing: libxl talks to QEMU twice before it resumes it
+LATE_NS = 2_000_000  # docs/libxl-colo.md: libxl talks to QEMU twice before it resumes the PVM
 MAX_REFUSED = 8  # connections that are kept waiting at a time; more are closed at once
 
 logger = logging.getLogger("coloebpf.libxl_colo")
