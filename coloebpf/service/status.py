@@ -12,6 +12,9 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
+from coloebpf.model import Policy
+from coloebpf.service.config import PairConfig
+from coloebpf.service.config_keys import PROTOCOLS
 from coloebpf.service.rules import TRIGGERS as TRIGGERS  # what may ask for a checkpoint
 
 LOCKSTEP_MODE, PERIODIC_MODE = "lockstep", "periodic"
@@ -20,6 +23,7 @@ MODES = (LOCKSTEP_MODE, PERIODIC_MODE)
 REFUSALS = ("certificate", "name", "version", "oversized", "malformed", "replay", "timeout", "surplus")
 # What the comparer calls a difference between the guests (comparer.py).
 FINDINGS = ("payload", "length", "flags", "missing_on_svm", "missing_on_pvm", "structure")
+PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 BY_EXEMPTION, BY_POLICY = "exemption", "policy"
 
 # Upper edges of a checkpoint's duration, s: from a model engine's 1 ms to a live copy's half minute.
@@ -150,6 +154,31 @@ class PairStatus:
     findings: dict[str, int] = field(default_factory=dict)  # FINDINGS -> how many
     uncompared: list[Uncompared] = field(default_factory=list)
     nics: list[NicStatus] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, pair: PairConfig) -> PairStatus:
+        """What the configuration says of it; the rest is the supervisor's."""
+        uncompared = [
+            Uncompared.exempted(e.nic, PROTOCOL_NAMES.get(e.protocol, f"protocol {e.protocol}"), e.guest_port, e.remote)
+            for e in pair.exempts
+        ]
+        for nic in pair.nics:
+            for kind in ("arp", "nd", "other"):
+                if getattr(nic, kind) == Policy.PASS:
+                    uncompared.append(Uncompared.passed(nic.number, kind))
+        return cls(
+            name=pair.name,
+            number=pair.number,
+            role=pair.role.name.lower(),
+            engine=pair.engine,
+            arbiter=pair.arbiter,
+            on_service_loss=pair.on_service_loss,
+            uncompared=uncompared,
+            nics=[
+                NicStatus(number=n.number, vif=n.vif, fwd=n.fwd, vlan=n.vlan, bridge=n.bridge, mac=n.mac)
+                for n in pair.nics
+            ],
+        )
 
 
 @dataclass(kw_only=True)

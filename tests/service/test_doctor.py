@@ -287,7 +287,7 @@ def test_a_hook_that_is_held(root: Path, monkeypatch: pytest.MonkeyPatch, name: 
         other.setattr(netdev, "NAME", name)
         device = devices.find("vif1.0-emu")
         devices.ensure_clsact(device)
-        devices.attach_tc(device, "egress", "to_container", program.load_func("nothing", BPF.SCHED_CLS).fd)
+        devices.attach_tc(device, "egress", "to_container", program.load_func(b"nothing", BPF.SCHED_CLS).fd)
     (found,) = network.hooks(host(root, example_config()))
     assert found.level == (OK if name == netdev.NAME else FAIL)
     assert found.text.startswith(words)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from coloebpf.model import State
-from coloebpf.service.status import DURATION_EDGES_S, Durations, PairStatus, Status, Uncompared
+from coloebpf.service.config import parse
+from coloebpf.service.status import DURATION_EDGES_S, Durations, NicStatus, PairStatus, Status, Uncompared
 
 
 def test_it_is_json_through_and_through() -> None:
@@ -45,3 +47,52 @@ def test_a_duration_falls_under_the_edge_that_it_does_not_exceed(seconds: float,
 def test_two_histograms_share_no_counts() -> None:
     Durations().observe(1)
     assert sum(Durations().counts) == 0
+
+
+CONFIG = """
+[host]
+name = "a"
+[peer]
+name = "b"
+listen = "192.0.2.1:7788"
+connect = "192.0.2.2:7788"
+[[pair]]
+name = "web"
+number = 3
+role = "secondary"
+engine = "model"
+on_service_loss = "open"
+[pair.model]
+[[pair.nic]]
+number = 5
+vif = "vif1.0"
+fwd = "fwd0"
+vlan = 7
+bridge = "br0"
+mac = "02:c0:10:00:00:01"
+nd = "drop"
+other = "pass"
+[[pair.exempt]]
+protocol = "udp"
+guest_port = 123
+nic = 5
+[[pair.exempt]]
+protocol = 99
+remote = "10.0.0.0/8"
+nic = 5
+"""
+
+
+def test_a_pairs_status_begins_with_its_configuration() -> None:
+    (pair,) = parse(CONFIG, Path("x")).pairs
+    status = PairStatus.of(pair)
+    assert (status.name, status.number, status.role, status.engine) == ("web", 3, "secondary", "model")
+    assert (status.arbiter, status.on_service_loss) == ("none", "open")
+    assert status.nics == [NicStatus(number=5, vif="vif1.0", fwd="fwd0", vlan=7, bridge="br0", mac="02:c0:10:00:00:01")]
+    assert {(entry.why, entry.what) for entry in status.uncompared} == {
+        ("exemption", "udp of the guest's port 123 with 0.0.0.0/0"),
+        ("exemption", "protocol 99 with 10.0.0.0/8"),
+        ("policy", "ARP"),
+        ("policy", "Ethernet types other than IP and ARP"),
+    }
+    assert {entry.nic for entry in status.uncompared} == {5}

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from coloebpf.errors import NoServiceError
 from coloebpf.service.checks.finding import OK, WARN, Finding, Host
 from coloebpf.service.commands import client
+from coloebpf.service.concerns import RENEW_DAYS
 from coloebpf.service.peer import pki
 
-RENEW_DAYS = 30  # before its end a certificate is worth a warning; so has the alert ColoebpfCertificateEnds
 CONNECT_S = 1.0  # hosts of a pair stand side by side
 
 
