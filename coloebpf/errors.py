@@ -75,3 +75,7 @@ class ArbiterError(ColoError):
 
 class AnnounceError(ColoError):
     """A guest's addresses can't be announced."""
+
+
+class PairError(ColoError):
+    """What was asked of a pair can't be done now."""

@@ -138,7 +138,7 @@ class PairConfig:
     nics: tuple[NicConfig, ...] = table(NicConfig, "nic", "the guest's NICs", many=True)
     exempts: tuple[Exemption, ...] = table(Exemption, "exempt", "passes uncompared", (), many=True, live=True)
     libxl_colo: LibxlColoConfig | None = table(LibxlColoConfig, "libxl_colo", 'for engine = "libxl-colo"', None)
-    model: ModelConfig = table(ModelConfig, "model", 'for engine = "model"')
+    model: ModelConfig = table(ModelConfig, "model", 'for engine = "model"', ModelConfig())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ class Config:
     path: Path = Path()
     host: HostConfig = table(HostConfig, "host", "this host")
     peer: PeerConfig | None = table(PeerConfig, "peer", "the other host; pairs need it", None)
-    arbiter: ArbiterConfig = table(ArbiterConfig, "arbiter", "who says which host goes on alone")
+    arbiter: ArbiterConfig = table(ArbiterConfig, "arbiter", "who says who goes on alone", ArbiterConfig())
     pairs: tuple[PairConfig, ...] = table(PairConfig, "pair", "the guests", (), many=True)
 
 

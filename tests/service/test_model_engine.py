@@ -173,6 +173,7 @@ def test_a_failover_ends_what_is_under_way() -> None:
         await engine.request_checkpoint()
         await engine.failover()
         engine.go()
+        assert await heard.next() == Ready()
         await heard.silence()
         assert engine.failed_over
 

@@ -82,10 +82,11 @@ class ModelEngine:
         self._task = asyncio.create_task(self._checkpoint())
 
     async def failover(self) -> None:
-        """Notes it. Raises EngineError if it is dead."""
+        """Notes it; Ready follows, another SVM could be made. Raises EngineError if it is dead."""
         self._check()
         self._cancel()
         self.failed_over = True
+        asyncio.get_running_loop().call_soon(self._tell, Ready())
 
     async def stop(self) -> None:
         """Tells nothing any more."""

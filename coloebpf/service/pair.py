@@ -1,0 +1,289 @@
+"""One pair on one host: what both roles have in common. The primary's part and the secondary's are files of their own.
+
+A supervisor hears of engine, link, heartbeats and arbiter, moves the pair's machine, and writes the result into the
+dataplane before anybody is told. All of it runs on the event loop; what takes time is a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from coloebpf.control import PairState
+from coloebpf.errors import ColoError, PairError
+from coloebpf.model import Role, State
+from coloebpf.service.arbiters.base import Arbiter, Grant, Refusal, keep
+from coloebpf.service.config import PairConfig
+from coloebpf.service.engine import Emit, Engine, EngineEvent
+from coloebpf.service.log import say
+from coloebpf.service.machine import REPLICATED, TRANSITIONS, Machine, Trigger
+from coloebpf.service.peer.messages import Message, PairNote, StateNote
+
+log = logging.getLogger("coloebpf.pair")
+
+MS = 1_000_000  # ns
+IMPOSSIBLE = {(Role.PRIMARY, State.PROMOTED), (Role.SECONDARY, State.PASSTHROUGH)}  # of another role's time
+
+
+class PairControl(Protocol):
+    """The part of coloebpf.control.Control that a pair needs."""
+
+    def state(self, pair: int) -> PairState: ...
+    def set_state(self, pair: int, state: State) -> None: ...
+    def set_deadline(self, pair: int, deadline_ns: int) -> None: ...
+    def set_open_after(self, pair: int, ns: int) -> None: ...
+    def suspend(self, pair: int) -> int: ...
+    def commit(self, pair: int) -> int: ...
+    def clear_translations(self, pair: int) -> int: ...
+    def kick(self) -> int: ...
+
+
+class Witness(Protocol):
+    """The part of coloebpf.service.heartbeat.Heartbeat that a pair needs."""
+
+    def set_granting(self, pair: int, on: bool) -> None: ...
+    async def wait_safe(self, pair: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A supervisor's world. `send`: the link's, False without one. `announce`: tells the network where the guest is."""
+
+    control: PairControl
+    send: Callable[[Message], bool]
+    witness: Witness
+    arbiter: Arbiter
+    clock: Callable[[], int]
+    announce: Callable[[PairConfig], None]
+
+
+class Supervisor(ABC):
+    """See Primary and Secondary. `peer_state`: what the other side said last; None while there is no link."""
+
+    def __init__(self, config: PairConfig, make_engine: Callable[[Emit], Engine], outside: Outside) -> None:
+        self.config, self.number = config, config.number
+        self.out = outside
+        self.engine = make_engine(self.engine_event)
+        self.engine_ready = False
+        self.machine = Machine(config.role, State.UNPROTECTED, outside.clock)
+        self.state_since_ns, self.state_reason = outside.clock(), ""
+        self.deadline_ns = 0
+        self.peer_state: State | None = None
+        self._asking: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Goes on with the state that the dataplane has. Raises EngineError if the engine can't be started."""
+        kept = self.out.control.state(self.number).state
+        if (self.config.role, kept) in IMPOSSIBLE:
+            self.out.control.set_state(self.number, State.HALTED)
+            kept = State.HALTED
+        self.machine.state = kept
+        self.state_reason = "as it was before the service's start"
+        self.tick()
+        self.say(logging.INFO, "pair is served", role=self.config.role.name.lower(), state=kept.name.lower())
+        if kept in (State.PASSTHROUGH, State.PROMOTED) and self.out.arbiter.leased:
+            self._keeping = self.spawn(self._take_up())
+        self.resume()
+        await self.engine.start()
+
+    @abstractmethod
+    def resume(self) -> None:
+        """The state is known; the engine has not been started yet."""
+
+    async def stop(self) -> None:
+        """Lets go; the dataplane goes on as it is."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.engine.stop()
+
+    def tick(self) -> None:
+        """To be called several times in `service_loss_after_ms`: the programs see that the service lives."""
+        after = self.config.service_loss_after_ms * MS
+        self.out.control.set_open_after(
+            self.number, self.out.clock() + after if self.config.on_service_loss == "open" else 0
+        )
+
+    def reconfigure(self, config: PairConfig) -> None:
+        """Takes over what a reload may change in a running pair (config_reload.PairChange without `restart`)."""
+        self.config = config
+        self.tick()
+
+    def note(self) -> PairNote:
+        """For a hello."""
+        kept = self.out.control.state(self.number)
+        return PairNote(self.number, self.config.name, self.config.role, self.machine.state, kept.epoch)
+
+    # ---- what others report ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def engine_event(self, event: EngineEvent) -> None:
+        """The engine tells something."""
+
+    @abstractmethod
+    def received(self, message: Message) -> None:
+        """A message of the other side about this pair."""
+
+    def link_up(self, peer: PairNote | None) -> None:
+        """There is a session; `peer`: what the other side's hello says of the pair."""
+        if peer is None or peer.role is self.config.role or peer.name != self.config.name:
+            self.say(logging.ERROR, "the other host has no such pair in the other role: compare both files")
+            return
+        self.peer_says(peer.state, live=False)
+
+    def link_down(self) -> None:
+        """The session is over; whether the other host is lost, the heartbeats tell."""
+        self.peer_state = None
+
+    @abstractmethod
+    def peer_says(self, state: State, live: bool) -> None:
+        """The other side's state; `live` False: it may have changed long ago."""
+
+    def peer_lost(self) -> None:
+        """The heartbeats of neither path come any more."""
+        self.go(Trigger.PEER_LOST, "no heartbeat on any path")
+        if self.machine.alone_pending:
+            self.ask()
+
+    def peer_back(self) -> None:
+        """They come again. A question to the arbiter is not taken back: its answer counts."""
+        if self._asking is None:
+            self.go(Trigger.PEER_BACK, "heartbeats come again")
+
+    # ---- states ----------------------------------------------------------------------------------------------------
+
+    def go(self, trigger: Trigger, reason: str, write: Callable[[], object] | None = None) -> bool:
+        """Fires a trigger: the dataplane first (`write`, or the new state alone), then whoever listens.
+
+        False if it can't happen now, which is logged and no more: what is heard from outside may come late.
+        """
+        if not self.machine.can(trigger):
+            state = self.machine.state.name.lower()
+            self.say(logging.INFO, "not in this state", trigger=trigger, state=state, reason=reason)
+            return False
+        new = TRANSITIONS[self.config.role, self.machine.state, trigger]
+        if write is not None:
+            write()
+        elif new is not self.machine.state:
+            self.out.control.set_state(self.number, new)
+        change = self.machine.fire(trigger)
+        if change.new is not change.old:
+            self.state_since_ns, self.state_reason = change.at_ns, reason
+        level = logging.INFO if change.new in (*REPLICATED, State.SYNCING) else logging.WARNING
+        names = {"old": change.old.name.lower(), "new": change.new.name.lower()}
+        self.say(
+            level if change.new is not change.old else logging.DEBUG, "state", **names, trigger=trigger, reason=reason
+        )
+        if change.new is not change.old and not (change.old in REPLICATED and change.new in REPLICATED):
+            self.tell_state()
+        return True
+
+    def tell_state(self) -> None:
+        """To the other side."""
+        self.out.send(StateNote(self.number, self.machine.state, self.out.control.state(self.number).epoch))
+
+    def set_deadline(self, deadline_ns: int) -> None:
+        """End of this host's right to speak for the guest; 0: none."""
+        self.deadline_ns = deadline_ns
+        self.out.control.set_deadline(self.number, deadline_ns)
+
+    # ---- going on alone --------------------------------------------------------------------------------------------
+
+    def ask(self) -> None:
+        """Asks the arbiter, once."""
+        if self._asking is None:
+            self._asking = self.spawn(self._ask())
+
+    async def _ask(self) -> None:
+        self.say(logging.WARNING, "asking the arbiter for the right to go on alone", arbiter=self.out.arbiter.name)
+        try:
+            answer = await self.out.arbiter.acquire(self.config)
+            if isinstance(answer, Grant):
+                await self.take_over(answer, f"arbiter {self.out.arbiter.name} says yes")
+            else:
+                self.go(Trigger.REFUSED, answer.reason)
+        finally:
+            self._asking = None
+
+    @abstractmethod
+    async def take_over(self, grant: Grant, reason: str) -> None:
+        """This host goes on alone, if it still waits for that."""
+
+    def hold_right(self, grant: Grant) -> None:
+        """Keeps what was granted for as long as the arbiter lets it."""
+        self.let_right_go()
+        if grant.deadline_ns is not None:
+            self._keeping = self.spawn(self._keep(grant))
+
+    def let_right_go(self) -> None:
+        """No more renewals."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            self._keeping = None
+
+    async def _keep(self, grant: Grant) -> None:
+        refusal = await keep(self.out.arbiter, self.config, grant, self.out.clock, self.set_deadline)
+        self._keeping = None
+        self.go(Trigger.LEASE_LOST, refusal.reason)
+
+    async def _take_up(self) -> None:
+        """After a restart: the right that this host had may still be its own."""
+        answer = await self.out.arbiter.acquire(self.config)
+        if isinstance(answer, Refusal):
+            self._keeping = None
+            self.go(Trigger.LEASE_LOST, answer.reason)
+        elif answer.deadline_ns is not None:
+            self.set_deadline(answer.deadline_ns)
+            await self._keep(answer)
+
+    # ---- operators -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def protect(self) -> None:
+        """Begins the protection. Raises PairError."""
+
+    @abstractmethod
+    async def unprotect(self) -> None:
+        """Ends it; the guest goes on without. Raises PairError."""
+
+    @abstractmethod
+    async def checkpoint(self) -> None:
+        """Returns when one has committed. Raises PairError."""
+
+    @abstractmethod
+    async def failover(self) -> None:
+        """Lets the secondary take over. Raises PairError."""
+
+    def need(self, trigger: Trigger, what: str) -> None:
+        """Raises PairError if an operator's wish can't be met in this state."""
+        if not self.machine.can(trigger):
+            raise PairError(f"pair {self.config.name} is {self.machine.state.name.lower()}: {what}")
+
+    # ---- tools -----------------------------------------------------------------------------------------------------
+
+    def say(self, level: int, sentence: str, **fields: object) -> None:
+        """One line of the log."""
+        say(log, level, sentence, pair=self.config.name, **fields)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that is not forgotten, and whose failure is told."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, ColoError):
+                self.say(logging.ERROR, "could not be done", error=error)
+            else:
+                log.error("a task of pair %s failed", self.config.name, exc_info=error)

@@ -1,0 +1,785 @@
+"""The life of a pair on both hosts, with the real supervisors on either end of a link."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from coloebpf.errors import ArbiterError, PairError
+from coloebpf.model import State
+from coloebpf.service.arbiters.base import Grant, Refusal
+from coloebpf.service.engines.model import Step
+from coloebpf.service.peer.messages import Committed, Message, PairNote, Prepare, Prepared, StateNote
+from tests.service.pair_world import (
+    CHECKPOINTING,
+    HALTED,
+    LOCKSTEP,
+    PASSTHROUGH,
+    PROMOTED,
+    SYNCING,
+    UNPROTECTED,
+    P,
+    S,
+    World,
+    play,
+)
+
+FAR_NS = 10**12  # in the future of every test
+
+
+def ahead() -> int:
+    """A deadline that no test reaches."""
+    return time.monotonic_ns() + FAR_NS
+
+
+# ---- the beginning -------------------------------------------------------------------------------------------------
+
+
+def test_a_protection_begins() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        assert world.arbiter.begun == 1
+        assert world.s.witness.granting
+        steps = [step for step in world.story if "deadline" not in step]
+        assert steps == ["p syncing", "s syncing", "p request", "p suspend", "s clear", "p commit", "s lockstep"]
+        assert world.primary.ledger.commits == {"initial": 1}
+
+    play(test)
+
+
+def test_the_careful_order_at_the_beginning() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        steps = [step for step in world.story if "deadline" not in step]
+        assert steps == ["p syncing", "s syncing", "s clear", "p request", "p suspend", "p commit", "s lockstep"]
+
+    play(test, careful=True)
+
+
+def test_the_secondary_may_come_later() -> None:
+    async def test(world: World) -> None:
+        await world.p.pair.start()
+        await world.primary.protect()
+        await world.settle()
+        assert world.story == ["p syncing"]
+        await world.s.pair.start()
+        world.connect()
+        await world.states(LOCKSTEP, LOCKSTEP)
+
+    play(test)
+
+
+def test_without_the_secondarys_leave_there_is_no_lock_step() -> None:
+    async def test(world: World) -> None:
+        for side in world.sides.values():
+            await side.pair.start()
+        world.connect()
+        await world.primary.protect()
+        await world.states(SYNCING, SYNCING)
+        await world.settle()
+        assert world.arbiter.begun == 0
+        until = ahead()
+        world.primary.lease(until)
+        assert world.p.plane.deadline_ns == 0, "it may speak as it likes while nobody else can"
+        world.primary.consider()
+        await world.states(LOCKSTEP, LOCKSTEP)
+        order = [step for step in world.story if step in (f"p deadline {until}", "p suspend")]
+        assert order == [f"p deadline {until}", "p suspend"], "no lock-step without a deadline"
+        world.primary.lease(until + 5)
+        assert world.p.plane.deadline_ns == until + 5
+
+    play(test, leased=True)
+
+
+def test_an_arbiter_that_does_not_answer_at_the_beginning() -> None:
+    async def test(world: World) -> None:
+        world.arbiter.begin_errors.append(ArbiterError("no quorum"))
+        await world.protected()
+        assert world.arbiter.begun == 1
+
+    play(test)
+
+
+def test_the_first_commit_is_told_again_if_the_link_lost_it() -> None:
+    async def test(world: World) -> None:
+        world.lose = lambda message: isinstance(message, Committed)
+        for side in world.sides.values():
+            await side.pair.start()
+        world.connect()
+        await world.primary.protect()
+        await world.states(LOCKSTEP, SYNCING)
+        world.lose = lambda message: False
+        world.disconnect()
+        world.connect()
+        await world.states(LOCKSTEP, LOCKSTEP)
+        assert world.arbiter.asked == []
+
+    play(test)
+
+
+def test_a_first_copy_that_fails_for_good() -> None:
+    async def test(world: World) -> None:
+        for side in world.sides.values():
+            await side.pair.start()
+        world.p.engine.hang(Step.REQUEST)
+        world.connect()
+        await world.primary.protect()
+        await world.until(lambda: "p request" in world.story)
+        world.p.engine.die()
+        await world.states(UNPROTECTED, UNPROTECTED)
+
+    play(test)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("careful", "steps"),
+    [
+        (False, ["p request", "p suspend", "s checkpointing", "s clear", "p commit", "s lockstep"]),
+        (True, ["p checkpointing", "s checkpointing", "s clear", "p request", "p suspend", "p commit", "s lockstep"]),
+    ],
+)
+def test_a_checkpoint_for_a_divergence(careful: bool, steps: list[str]) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.story.clear()
+        world.find()
+        await world.until(lambda: world.primary.ledger.commits.get("divergence") == 1)
+        await world.states(LOCKSTEP, LOCKSTEP)
+        # Without the careful order the secondary hears of each step while the engine goes on.
+        got = [step for step in world.story if "deadline" not in step]
+        assert sorted(got) == sorted(steps)
+        for first, then in pairwise(steps):
+            if careful or first[0] == then[0]:
+                assert got.index(first) < got.index(then)
+        assert world.primary.ledger.last is not None
+        assert world.primary.ledger.last.wish.reason == "1 flows differ (payload)"
+
+    play(test, careful=careful)
+
+
+def test_one_request_until_the_commit() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.p.engine.hang()
+        for _ in range(5):
+            world.find()
+        await world.states(CHECKPOINTING, CHECKPOINTING)
+        for _ in range(5):
+            world.find("timeout", "missing_on_svm")
+        await world.settle()
+        assert world.p.engine.requests == 2
+        world.p.engine.go()
+        await world.states(LOCKSTEP, LOCKSTEP)
+        await world.settle()
+        assert world.p.engine.requests == 2, "the commit has settled what was found meanwhile"
+
+    play(test)
+
+
+def test_what_was_found_before_the_last_commit_asks_for_nothing() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.find(epoch=world.p.plane.word.epoch - 1)
+        await world.settle()
+        assert world.p.engine.requests == 1
+
+    play(test)
+
+
+def test_an_operators_checkpoint() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        await world.primary.checkpoint()
+        assert world.primary.ledger.commits == {"initial": 1, "operator": 1}
+        world.p.engine.fail()
+        with pytest.raises(PairError, match="told to fail"):
+            await world.primary.checkpoint()
+        with pytest.raises(PairError, match="ask there"):
+            await world.secondary.checkpoint()
+
+    play(test)
+
+
+@pytest.mark.parametrize("careful", [False, True])
+@pytest.mark.parametrize("step", Step)
+def test_a_checkpoint_that_fails_is_made_again(careful: bool, step: Step) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.p.engine.fail(step, times=2)
+        world.story.clear()
+        world.find()
+        await world.until(lambda: world.primary.ledger.commits.get("divergence") == 1)
+        assert world.primary.ledger.failures == 2
+        first = world.story.index("p commit")
+        assert world.story[:first].count("p request") == 3
+        assert "p lockstep" not in world.story, "only a commit leads back"
+
+    play(test, careful=careful)
+
+
+def test_a_secondary_that_does_not_prepare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coloebpf.service.primary.PREPARE_S", 0.02)
+
+    async def test(world: World) -> None:
+        await world.protected()
+        lost: list[Message] = []
+
+        def lose(message: Message) -> bool:
+            if isinstance(message, Prepare) and len(lost) < 2:
+                lost.append(message)
+                return True
+            return False
+
+        world.lose = lose
+        world.story.clear()
+        world.find()
+        await world.until(lambda: world.primary.ledger.commits.get("divergence") == 1)
+        assert world.story.index("p checkpointing") < world.story.index("s clear") < world.story.index("p request")
+        assert world.primary.ledger.failures == 2
+
+    play(test, careful=True)
+
+
+def test_a_late_answer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coloebpf.service.primary.PREPARE_S", 0.02)
+
+    async def test(world: World) -> None:
+        await world.protected()
+        world.lose = lambda message: isinstance(message, Prepare)
+        world.find()
+        await world.until(lambda: world.primary.ledger.failures > 0)
+        world.primary.received(Prepared(3, 1))  # of the first checkpoint
+        await world.settle()
+        assert world.p.engine.requests == 1
+
+    play(test, careful=True)
+
+
+def test_a_checkpoint_of_the_engines_own() -> None:
+    async def test(world: World) -> None:
+        from coloebpf.service.engine import Committed as Whole
+        from coloebpf.service.engine import Suspended
+
+        await world.protected()
+        world.story.clear()
+        world.primary.engine_event(Suspended(requested=False))
+        world.primary.engine_event(Whole())
+        await world.states(LOCKSTEP, LOCKSTEP)
+        await world.settle()
+        assert {"p suspend", "p commit", "s clear"} <= set(world.story)
+        assert world.primary.ledger.commits["interval"] == 1
+
+    play(test, careful=True)
+
+
+def test_a_storm_and_the_calm_after_it() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        for number in range(1, 4):
+            world.find()
+            await world.until(lambda n=number: world.primary.ledger.commits.get("divergence") == n)  # type: ignore[misc]
+        world.find()
+        assert world.primary.ledger.mode == "periodic"
+        assert world.primary.ledger.mode_reason == "3 requests within 2000 ms"
+        await world.until(lambda: world.primary.ledger.commits.get("periodic", 0) >= 3)
+        await world.until(lambda: world.primary.ledger.mode == "lockstep")
+
+    play(test, storm_count=3, calm_ms=100)
+
+
+def test_little_room_asks_for_a_checkpoint() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.primary.room_is_low()
+        await world.until(lambda: world.primary.ledger.commits.get("high_water") == 1)
+
+    play(test)
+
+
+def test_a_reload_changes_the_times() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.primary.reconfigure(replace(world.primary.config, interval_max_ms=10))
+        await world.until(lambda: world.primary.ledger.commits.get("interval", 0) >= 2)
+
+    play(test)
+
+
+# ---- the secondary is gone -----------------------------------------------------------------------------------------
+
+
+def gone(world: World) -> None:
+    world.p.engine.lose_secondary()
+
+
+def hangs(world: World) -> None:
+    world.p.engine.hang()
+    world.find()
+
+
+def dies(world: World) -> None:
+    world.p.engine.die()
+
+
+def svm_dies(world: World) -> None:
+    world.s.engine.lose_domain()
+
+
+@pytest.mark.parametrize("how", [gone, hangs, dies, svm_dies])
+@pytest.mark.parametrize("leased", [False, True])
+def test_a_living_host_without_its_svm(how: Callable[[World], None], leased: bool) -> None:
+    """Its service's word is certainty enough: no arbiter, and no host turned off."""
+
+    async def test(world: World) -> None:
+        await world.protected()
+        how(world)
+        await world.states(PASSTHROUGH, HALTED)
+        assert world.arbiter.asked == []
+        assert "p kick" in world.story, "what was held leaves"
+        assert world.p.plane.deadline_ns == 0
+        assert not world.s.witness.granting
+
+    play(test, leased=leased, commit_timeout_ms=100)
+
+
+@pytest.mark.parametrize(("answer", "state"), [(Grant(), PASSTHROUGH), (Refusal("the other one has it"), HALTED)])
+def test_the_svm_and_the_link_are_gone(answer: Grant | Refusal, state: State) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.disconnect()
+        world.p.engine.lose_secondary()
+        await world.until(lambda: world.arbiter.asked == [P])
+        await world.settle()
+        assert world.p.state is LOCKSTEP, "it holds until there is an answer"
+        world.arbiter.answers[P].put_nowait(answer)
+        await world.states(state, LOCKSTEP)
+
+    play(test)
+
+
+def test_a_secondary_that_hears_and_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coloebpf.service.primary.DISMISS_S", 0.02)
+
+    async def test(world: World) -> None:
+        await world.protected()
+        world.lose = lambda message: isinstance(message, StateNote)
+        world.p.engine.lose_secondary()
+        await world.until(lambda: world.arbiter.asked == [P])
+
+    play(test)
+
+
+def test_protected_again() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.p.engine.lose_secondary()
+        await world.states(PASSTHROUGH, HALTED)
+        await world.settle()
+        await world.primary.protect()
+        world.primary.consider()
+        await world.states(LOCKSTEP, LOCKSTEP)
+        assert world.arbiter.begun == 2
+
+    play(test)
+
+
+# ---- the hosts have lost each other --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("during", [None, *Step])
+def test_the_primary_goes_on_alone(during: Step | None) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        if during is not None:
+            world.p.engine.hang(during)
+            world.find()
+            await world.until(lambda: world.p.engine.requests == 2)
+            await world.settle()
+        before = world.p.state
+        world.part()
+        await world.until(lambda: sorted(world.arbiter.asked) == [P, S])
+        await world.settle()
+        assert world.p.state is before, "it holds"
+        assert world.s.state in (LOCKSTEP, CHECKPOINTING)
+        until = ahead()
+        world.story.clear()
+        world.arbiter.answers[P].put_nowait(Grant(until))
+        world.arbiter.answers[S].put_nowait(Refusal("alone a"))
+        await world.states(PASSTHROUGH, HALTED)
+        await world.settle()
+        assert [step for step in world.story if step[0] == "p"] == [
+            f"p deadline {until}",
+            "p passthrough",
+            "p kick",
+            "p failover",
+        ]
+        assert world.announced == []
+        world.p.engine.go()
+        await world.settle()
+        assert world.p.state is PASSTHROUGH
+
+    play(test)
+
+
+@pytest.mark.parametrize("careful", [False, True])
+@pytest.mark.parametrize("during", [None, *Step])
+def test_the_secondary_takes_over(careful: bool, during: Step | None) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        if during is not None:
+            world.p.engine.hang(during)
+            world.find()
+            await world.until(lambda: world.p.engine.requests == 2)
+            await world.settle()
+        world.s.witness.safe.clear()
+        world.part()
+        assert not world.s.witness.granting
+        until = ahead()
+        world.story.clear()
+        world.arbiter.answers[S].put_nowait(Grant(until))
+        world.arbiter.answers[P].put_nowait(Refusal("alone b"))
+        await world.until(lambda: world.s.witness.waited == 1)
+        await world.settle()
+        assert world.s.state in (LOCKSTEP, CHECKPOINTING), "the primary may still be speaking"
+        world.s.witness.safe.set()
+        world.touch()
+        await world.states(HALTED, PROMOTED)
+        assert [step for step in world.story if step[0] == "s"] == ["s failover", f"s deadline {until}", "s promoted"]
+        assert world.announced == ["web"]
+
+    play(test, careful=careful)
+
+
+def test_a_question_is_not_taken_back() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.part()
+        await world.until(lambda: sorted(world.arbiter.asked) == [P, S])
+        world.connect()
+        for side in world.sides.values():
+            side.pair.peer_back()
+        assert world.p.pair.machine.alone_pending
+        assert world.s.pair.machine.alone_pending
+        assert not world.s.witness.granting
+        world.arbiter.answers[P].put_nowait(Grant())
+        world.arbiter.answers[S].put_nowait(Refusal("alone a"))
+        await world.states(PASSTHROUGH, HALTED)
+
+    play(test)
+
+
+@pytest.mark.parametrize("leaves", [P, S])
+def test_a_right_that_is_not_renewed_ends(leaves: object) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.part()
+        soon = time.monotonic_ns() + 10**7
+        for role in (P, S):
+            world.arbiter.answers[role].put_nowait(Grant(soon) if role is leaves else Refusal("no"))
+        await world.states(*((PASSTHROUGH, HALTED) if leaves is P else (HALTED, PROMOTED)))
+        world.arbiter.answers[leaves].put_nowait(Grant(soon + 10**7))  # type: ignore[index]
+        side = world.p if leaves is P else world.s
+        world.arbiter.answers[leaves].put_nowait(Refusal("you were gone for too long"))  # type: ignore[index]
+        await world.states(HALTED, HALTED)
+        assert side.plane.deadline_ns == soon + 10**7
+
+    play(test)
+
+
+def test_without_an_arbiter_the_primary_goes_on_and_the_secondary_waits() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.arbiter.answers[P].put_nowait(Grant())
+        world.part()
+        await world.states(PASSTHROUGH, LOCKSTEP)
+        await world.settle()
+        assert world.arbiter.asked == [P]
+        world.connect()
+        await world.states(PASSTHROUGH, HALTED)
+
+    play(test, promotes=False)
+
+
+def test_without_an_arbiter_an_operator_decides() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        with pytest.raises(PairError, match="the primary is there"):
+            await world.secondary.failover()
+        world.disconnect()
+        world.s.pair.peer_lost()
+        await world.secondary.failover()
+        await world.states(LOCKSTEP, PROMOTED)
+        world.connect()
+        await world.states(HALTED, PROMOTED)
+
+    play(test, promotes=False)
+
+
+def test_a_blip_without_an_arbiter_leaves_a_secondary_in_lock_step() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.s.pair.peer_lost()
+        assert not world.s.witness.granting
+        world.s.pair.peer_back()
+        assert world.s.witness.granting
+        with pytest.raises(PairError):
+            await world.secondary.failover()
+
+    play(test, promotes=False)
+
+
+def test_with_an_arbiter_an_operator_has_to_wait() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.part()
+        with pytest.raises(PairError, match="is being asked already"):
+            await world.secondary.failover()
+
+    play(test)
+
+
+# ---- the guest is gone, or moves -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("promotes", [True, False])
+@pytest.mark.parametrize("by_operator", [True, False])
+def test_the_primary_gives_up_its_right(promotes: bool, by_operator: bool) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.story.clear()
+        world.s.witness.safe.clear()  # the primary's word is enough
+        if promotes:
+            world.arbiter.answers[S].put_nowait(Grant())
+        if by_operator:
+            await world.primary.failover()
+        else:
+            world.p.engine.lose_domain()
+        await world.states(HALTED, PROMOTED)
+        steps = [step for step in world.story if "deadline" not in step]
+        assert steps == ["p halted", "s failover", "s promoted"]
+        assert P not in world.arbiter.asked
+
+    play(test, promotes=promotes)
+
+
+def test_an_old_halt_is_no_offer() -> None:
+    """What is heard only after a cut may have been said after the primary was alone."""
+
+    async def test(world: World) -> None:
+        await world.protected()
+        world.disconnect()
+        world.p.engine.lose_domain()
+        await world.states(HALTED, LOCKSTEP)
+        world.connect()
+        await world.settle()
+        assert world.s.state is LOCKSTEP
+        assert world.arbiter.asked == []
+
+    play(test)
+
+
+def test_nothing_to_move_to() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.disconnect()
+        with pytest.raises(PairError, match="no secondary"):
+            await world.primary.failover()
+        assert world.p.state is LOCKSTEP
+
+    play(test)
+
+
+def test_an_svm_that_can_not_become_the_guest() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.s.engine.die()
+        world.arbiter.answers[S].put_nowait(Grant())
+        world.disconnect()
+        world.s.pair.peer_lost()
+        await world.states(LOCKSTEP, HALTED)
+        assert world.announced == []
+
+    play(test)
+
+
+# ---- the end -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("careful", [False, True])
+def test_a_protection_ends(careful: bool) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.story.clear()
+        await world.primary.unprotect()
+        await world.states(UNPROTECTED, UNPROTECTED)
+        assert world.story.index("s syncing") < world.story.index("p unprotected"), "first it is no replica any more"
+        assert world.p.plane.deadline_ns == 0
+        with pytest.raises(PairError, match="no protection"):
+            await world.primary.unprotect()
+        await world.primary.protect()
+        await world.states(LOCKSTEP, LOCKSTEP)
+
+    play(test, careful=careful)
+
+
+@pytest.mark.parametrize(
+    ("leased", "promotes", "answer", "error"),
+    [
+        (False, True, Grant(), "might take over"),
+        (True, True, Refusal("alone b"), "may run on the other host"),
+        (True, True, ArbiterError("no quorum"), "no quorum"),
+        (True, True, Grant(), None),
+        (False, False, Grant(), None),
+    ],
+)
+def test_a_protection_ends_without_the_secondary(
+    leased: bool, promotes: bool, answer: Grant | Refusal | Exception, error: str | None
+) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.disconnect()
+        world.arbiter.released = answer
+        if error is None:
+            await world.primary.unprotect()
+            assert world.p.state is UNPROTECTED
+        else:
+            with pytest.raises(PairError, match=error):
+                await world.primary.unprotect()
+            assert world.p.state is LOCKSTEP
+
+    play(test, leased=leased, promotes=promotes)
+
+
+def test_the_secondarys_end_leaves_the_primary_alone() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        await world.secondary.unprotect()
+        await world.states(PASSTHROUGH, UNPROTECTED)
+        assert world.arbiter.asked == []
+        with pytest.raises(PairError, match="ask there"):
+            await world.secondary.protect()
+
+    play(test)
+
+
+# ---- the service ends and comes back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", [P, S])
+def test_a_restart_in_lock_step(role: object) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        epoch = world.p.plane.word.epoch
+        world.story.clear()
+        await world.restart(role)  # type: ignore[arg-type]
+        world.connect()
+        await world.settle()
+        assert (world.p.state, world.s.state) == (LOCKSTEP, LOCKSTEP)
+        assert [step for step in world.story if "deadline" not in step] == [], "nothing was touched"
+        assert world.p.plane.word.epoch == epoch
+        assert world.s.witness.granting
+        world.find()
+        await world.until(lambda: world.primary.ledger.commits.get("divergence") == 1)
+
+    play(test)
+
+
+@pytest.mark.parametrize("careful", [False, True])
+def test_a_restart_in_a_checkpoint(careful: bool) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.p.engine.hang()
+        world.find()
+        await world.states(CHECKPOINTING, CHECKPOINTING)
+        await world.settle()
+        await world.restart(P)
+        assert world.p.state is CHECKPOINTING, "nothing is released before a commit"
+        world.connect()
+        await world.states(LOCKSTEP, LOCKSTEP)
+        assert world.p.engine.commits == 1
+
+    play(test, careful=careful)
+
+
+def test_a_restart_before_the_first_commit() -> None:
+    async def test(world: World) -> None:
+        for side in world.sides.values():
+            await side.pair.start()
+        world.p.engine.hang()
+        world.connect()
+        await world.primary.protect()
+        await world.states(CHECKPOINTING, SYNCING)
+        await world.restart(P)
+        world.connect()
+        await world.states(LOCKSTEP, LOCKSTEP)
+
+    play(test)
+
+
+@pytest.mark.parametrize(("answer", "state"), [(Grant(), PROMOTED), (Refusal("alone a"), HALTED)])
+def test_a_restart_of_who_is_alone(answer: Grant | Refusal, state: State) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.part()
+        world.arbiter.answers[S].put_nowait(Grant(ahead()))
+        world.arbiter.answers[P].put_nowait(Refusal("no"))
+        await world.states(HALTED, PROMOTED)
+        await world.restart(S)
+        world.arbiter.answers[S].put_nowait(answer)
+        await world.settle()
+        await world.states(HALTED, state)
+        if state is PROMOTED:
+            assert world.s.plane.deadline_ns > time.monotonic_ns()
+
+    play(test, leased=True)
+
+
+def test_a_state_of_the_other_role_is_none() -> None:
+    async def test(world: World) -> None:
+        world.p.plane.set_state(3, PROMOTED)
+        await world.p.pair.start()
+        assert world.p.state is HALTED
+
+    play(test)
+
+
+@pytest.mark.parametrize(("policy", "open_later"), [("hold", False), ("open", True)])
+def test_what_the_programs_do_without_the_service(policy: str, open_later: bool) -> None:
+    async def test(world: World) -> None:
+        await world.p.pair.start()
+        left = world.p.plane.open_after_ns - time.monotonic_ns()
+        assert (0 < left <= 500 * 10**6) is open_later
+        assert open_later or world.p.plane.open_after_ns == 0
+
+    play(test, on_service_loss=policy, service_loss_after_ms=500)
+
+
+def test_files_that_do_not_fit_each_other(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(world: World) -> None:
+        await world.p.pair.start()
+        world.p.pair.link_up(None)
+        world.p.pair.link_up(PairNote(3, "web", P, LOCKSTEP, 0))
+        world.p.pair.link_up(PairNote(3, "mail", S, LOCKSTEP, 0))
+        assert caplog.text.count("no such pair in the other role") == 3
+        assert world.p.pair.peer_state is None
+
+    play(test)
+
+
+def test_a_stopped_pair_does_nothing_more() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        await world.p.pair.stop()
+        world.story.clear()
+        await asyncio.sleep(0.05)
+        assert world.story == []
+
+    play(test, interval_max_ms=10)
