@@ -126,8 +126,10 @@ class Primary(Supervisor):
                 self._failed(str(e), fatal=False)
 
     async def _prepare(self, request: int) -> None:
-        """The careful order: from here on nothing proves anything, then the secondary forgets its translations, and only
-        then the engine is asked. Raises PairError; what was begun leads on to the next checkpoint."""
+        """The careful order: from here on nothing proves anything, then the secondary forgets its translations.
+
+        Raises PairError; what was begun leads on to the next checkpoint.
+        """
         if self.peer_state is None:
             raise PairError("there is no link to the secondary")
         if self.machine.state is State.LOCKSTEP:

@@ -136,6 +136,28 @@ def test_a_first_copy_that_fails_for_good() -> None:
     play(test)
 
 
+def test_a_first_copy_that_fails_is_made_again() -> None:
+    async def test(world: World) -> None:
+        world.p.engine.fail(Step.REQUEST)
+        await world.protected()
+        assert world.primary.ledger.failures == 1
+        assert "p unprotected" not in world.story
+
+    play(test)
+
+
+def test_a_secondary_that_was_a_replica_and_is_none() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.disconnect()
+        world.s.plane.set_state(3, SYNCING)
+        await world.restart(S)
+        world.connect()
+        await world.states(PASSTHROUGH, HALTED)
+
+    play(test)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
