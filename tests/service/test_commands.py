@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from coloebpf.cli import main
 from coloebpf.errors import NoServiceError
@@ -209,8 +210,8 @@ def test_top_without_a_terminal_prints_a_line_a_pair_and_look(path: Path, servic
     lines = out.getvalue().splitlines()
     assert len(lines) == 4
     assert lines[0] == (
-        "pair web, role primary, state lockstep, mode periodic, epoch 41, ckpt/s -, held 12, p99 2.2e+03 s, "
-        "MiB/s -, div/s -, uncompared 2"
+        "pair web, role pri, state lockstep periodic, epoch 41, ckpt/s -, held 12, p99 2.2e+03 s, "
+        "MiB/s -, div/s -, uncmp 2"
     )
     rates = dict(part.split(" ", 1) for part in lines[2].split(", "))
     assert float(rates["ckpt/s"]) > 100
@@ -253,6 +254,24 @@ def test_top_without_a_service_at_the_start_ends(path: Path) -> None:
         top.run(path, io.StringIO(), 0.1, None)
 
 
+def test_top_fits_80_columns(service: Service) -> None:
+    told = service.told.pairs[1]
+    told.name, told.role, told.state, told.epoch, told.alone_pending = (
+        "mailserver",
+        "secondary",
+        "checkpointing",
+        99_999,
+        True,
+    )
+    out = io.StringIO()
+    table = top._table(top._rows(reply(service), {}, 1.0))
+    Console(file=out, width=80).print(table)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3
+    assert " UNDECIDED " in lines[2]
+    assert "lockstep periodic" in lines[1]
+
+
 def test_top_on_a_terminal_shows_the_table_and_ctrl_c_ends_it(path: Path, service: Service) -> None:
     terminal, child_end = pty.openpty()
     process = subprocess.Popen(
@@ -260,7 +279,7 @@ def test_top_on_a_terminal_shows_the_table_and_ctrl_c_ends_it(path: Path, servic
         stdin=child_end,
         stdout=child_end,
         stderr=child_end,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "40"},
         start_new_session=True,
     )
     os.close(child_end)

@@ -70,7 +70,7 @@ fwd = "fwd0"
 vlan = 7
 bridge = "br0"
 mac = "02:c0:10:00:00:01"
-nd = "drop"
+nd = "compare"
 other = "pass"
 [[pair.exempt]]
 protocol = "udp"

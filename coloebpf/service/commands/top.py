@@ -15,13 +15,12 @@ from rich.text import Text
 
 from coloebpf.errors import NoServiceError
 from coloebpf.service.commands import client
+from coloebpf.service.status import PERIODIC_MODE
 from coloebpf.units import age, duration
 
 MEBI = 1 << 20
-COLUMNS = (
-    "pair", "role", "state", "mode", "epoch", "ckpt/s", "held", "p99", "MiB/s", "div/s", "uncompared"
-)  # fmt: skip
-LOUD = {"halted", "passthrough", "promoted", "unprotected"}  # states that are not what protection is for
+COLUMNS = ("pair", "role", "state", "epoch", "ckpt/s", "held", "p99", "MiB/s", "div/s", "uncmp")  # below 80 columns
+LOUD = {"halted", "passthrough", "promoted", "unprotected", "UNDECIDED"}  # states that are not what protection is for
 
 
 @dataclass(frozen=True)
@@ -118,9 +117,8 @@ def _row(pair: dict[str, Any], nics: list[dict[str, Any]], last: dict[str, Sampl
         ]
     return [
         pair["name"],
-        pair["role"],
-        pair["state"] + (" UNDECIDED" if pair["alone_pending"] else ""),
-        pair["mode"],
+        pair["role"][:3],
+        _state(pair),
         str(pair["epoch"]),
         rates[0],
         f"{sum(nic['held'] for nic in nics):,}",
@@ -129,6 +127,12 @@ def _row(pair: dict[str, Any], nics: list[dict[str, Any]], last: dict[str, Sampl
         rates[2],
         str(len(pair["uncompared"])),
     ]
+
+
+def _state(pair: dict[str, Any]) -> str:
+    if pair["alone_pending"]:
+        return "UNDECIDED"  # whatever the state, it waits for the arbiter
+    return f"{pair['state']} {pair['mode']}" if pair["mode"] == PERIODIC_MODE else str(pair["state"])
 
 
 def _head(reply: dict[str, Any]) -> Text:
@@ -147,9 +151,9 @@ def _head(reply: dict[str, Any]) -> Text:
 
 
 def _table(rows: list[list[str]]) -> Table:
-    table = Table()
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for name in COLUMNS:
-        table.add_column(name, justify="left" if name in ("pair", "role", "state", "mode") else "right")
+        table.add_column(name, justify="left" if name in ("pair", "role", "state") else "right")
     for row in rows:
         loud = row[COLUMNS.index("state")].split()[0] in LOUD
         table.add_row(*(Text(cell) for cell in row), style="bold red" if loud else None)
