@@ -29,8 +29,8 @@ def free_ports(count: int) -> list[int]:
 class Member:
     """One etcd process; its data survives a restart."""
 
-    def __init__(self, name: str, directory: Path, client: int, peer: int, cluster: str) -> None:
-        self.name, self.port, self.url = name, client, f"http://127.0.0.1:{client}"
+    def __init__(self, name: str, directory: Path, client: int, peer: int, cluster: str, listen: str) -> None:
+        self.name, self.port, self.url = name, client, f"http://{listen}:{client}"
         self._directory = directory / name
         self._log = directory / f"{name}.log"
         self._arguments = (
@@ -80,12 +80,12 @@ class Member:
             time.sleep(0.05)
 
 
-def cluster(directory: Path, size: int) -> list[Member]:
+def cluster(directory: Path, size: int, listen: str = "127.0.0.1") -> list[Member]:
     """Members that were started and answer."""
     ports = free_ports(2 * size)
     names = [f"m{number}" for number in range(size)]
     together = ",".join(f"{name}=http://127.0.0.1:{ports[size + i]}" for i, name in enumerate(names))
-    members = [Member(name, directory, ports[i], ports[size + i], together) for i, name in enumerate(names)]
+    members = [Member(name, directory, ports[i], ports[size + i], together, listen) for i, name in enumerate(names)]
     for member in members:
         member.start()
     for member in members:

@@ -23,7 +23,7 @@ pause, the TSC does not). Such hosts need an arbiter that turns the other one of
 
 Who goes first. The secondary asks the arbiter only L after it last heard the primary; the primary asks as soon as it
 misses the secondary, which is earlier. So when only the links between two healthy hosts are cut, the primary wins. A
-primary that hears the secondary and yet has lost its leave (it is not heard itself, or the secondary has asked) asks too.
+primary that hears the secondary and yet has lost its leave (it is not heard, or the secondary has asked) asks, too.
 
 What the two sides of a pair have to keep to:
 - The secondary grants from SYNCING on; the primary is in lock-step, and says so, only with a deadline in its map.

@@ -1,0 +1,309 @@
+"""Given two hosts in lock-step with a real etcd, when something happens to them, then never two of them may speak.
+
+Link, heartbeats, leases and arbiter are the service's own, in two processes and three network namespaces; the
+supervisor and the dataplane are stand-ins (host_process.py). The test looks every millisecond at what either host's
+programs would do with a packet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from coloebpf.model import Role, State
+from coloebpf.netns import inside
+from coloebpf.service.peer.pki import init_pki
+from tests.service import etcds
+from tests.service.etcds import Member
+from tests.service.host_process import Words
+
+PATIENCE = 20.0  # seconds
+ROLES = {"a": Role.PRIMARY, "b": Role.SECONDARY}
+MANAGEMENT = {"a": "192.0.2.1", "b": "192.0.2.2"}  # of documentation, in namespaces of the test's own
+TO_ETCD = {"a": "198.51.100.1", "b": "198.51.100.2"}
+ETCD = "198.51.100.9"
+
+
+def ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+
+
+class Site:
+    """The namespaces a and b, joined by mgmt and fwd, and the one that etcd is in."""
+
+    def __init__(self) -> None:
+        self.spaces = {name: f"coloebpf-two-{os.getpid()}-{name}" for name in ("a", "b", "etcd")}
+
+    def build(self) -> None:
+        for space in self.spaces.values():
+            ip("netns", "add", space)
+            ip("-n", space, "link", "set", "lo", "up")
+            with inside(space):
+                Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1\n")
+        a, b, etcd = self.spaces.values()
+        for device in ("mgmt", "fwd"):
+            ip("-n", a, "link", "add", device, "type", "veth", "peer", "name", device, "netns", b)
+            self.set(device, "up")
+        ip("-n", etcd, "link", "add", "br0", "type", "bridge")
+        ip("-n", etcd, "addr", "add", f"{ETCD}/24", "dev", "br0")
+        ip("-n", etcd, "link", "set", "br0", "up")
+        for name in ROLES:
+            ip(
+                "-n",
+                self.spaces[name],
+                "link",
+                "add",
+                "arbiter",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"to-{name}",
+                "netns",
+                etcd,
+            )
+            ip("-n", etcd, "link", "set", "dev", f"to-{name}", "master", "br0", "up")
+            ip("-n", self.spaces[name], "link", "set", "arbiter", "up")
+            ip("-n", self.spaces[name], "addr", "add", f"{TO_ETCD[name]}/24", "dev", "arbiter")
+            ip("-n", self.spaces[name], "addr", "add", f"{MANAGEMENT[name]}/24", "dev", "mgmt")
+
+    def remove(self) -> None:
+        for space in self.spaces.values():
+            subprocess.run(["ip", "netns", "del", space], check=False)
+
+    def set(self, device: str, state: str) -> None:
+        for name in ROLES:
+            ip("-n", self.spaces[name], "link", "set", device, state)
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    if os.geteuid() != 0:
+        pytest.skip("namespaces need root")
+    made = Site()
+    try:
+        made.build()
+        yield made
+    finally:
+        made.remove()
+
+
+@pytest.fixture(scope="module")
+def etcd(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Member]:
+    with inside(site.spaces["etcd"]):
+        members = etcds.cluster(tmp_path_factory.mktemp("etcd"), 1, ETCD)
+    try:
+        yield members[0]
+    finally:
+        etcds.end(members)
+
+
+class Two:
+    """Both hosts' processes."""
+
+    def __init__(self, site: Site, etcd: Member, directory: Path) -> None:
+        self.site, self.etcd = site, etcd
+        init_pki(directory / "pki", tuple(ROLES))
+        self.words, self.logs = {}, {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        for name, role in ROLES.items():
+            (directory / name).write_bytes(bytes(16))
+            self.words[name] = Words(directory / name)
+            self.logs[name] = directory / f"{name}.log"
+            other = "ab"[name == "a"]
+            about = {
+                "name": name, "peer": other, "role": int(role), "words": str(directory / name), "etcd": etcd.url,
+                "pki": str(directory / "pki"), "listen": MANAGEMENT[name], "connect": MANAGEMENT[other],
+                "pair": f"pair-{directory.name}",
+            }  # fmt: skip
+            with inside(site.spaces[name]), self.logs[name].open("wb") as log:
+                command = (sys.executable, "-m", "tests.service.host_process", json.dumps(about))
+                self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self.processes[name].send_signal(number)
+
+    def speakers(self) -> str:
+        """Who may speak now. a is looked at twice, so that its stopping between two looks is no second speaker."""
+        a, b, a_still = self.words["a"].speaks, self.words["b"].speaks, self.words["a"].speaks
+        return ("a" if a and a_still else "") + ("b" if b else "")
+
+    def watch(self, until: Callable[[], bool], patience: float = PATIENCE) -> float:
+        """Looks on until it is so; how many seconds that took. Fails as soon as both may speak."""
+        start = time.monotonic()
+        while not until():
+            assert self.speakers() != "ab", f"two speakers\n{self.said()}"
+            assert time.monotonic() - start < patience, f"it did not come about\n{self.said()}"
+            time.sleep(0.001)
+        return time.monotonic() - start
+
+    def watch_for(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self.watch(lambda: time.monotonic() >= end)
+
+    def state(self, name: str) -> State:
+        return self.words[name].state
+
+    def said(self) -> str:
+        return "\n".join(f"{name}: {line}" for name, log in self.logs.items() for line in log.read_text().splitlines())
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+        for device in ("mgmt", "fwd"):
+            self.site.set(device, "up")
+
+
+@pytest.fixture
+def two(site: Site, etcd: Member, tmp_path: Path) -> Iterator[Two]:
+    """In lock-step for a random while."""
+    made = Two(site, etcd, tmp_path)
+    try:
+        made.watch(lambda: made.speakers() == "a")
+        made.watch_for(0.5 + random.random() / 5)
+        yield made
+    finally:
+        made.end()
+        etcd.thaw()
+        with inside(site.spaces["etcd"]):
+            etcd.wait()
+
+
+def test_given_lock_step_when_nothing_happens_then_the_primary_speaks_all_the_time(two: Two) -> None:
+    silent = 0
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        silent += two.speakers() != "a"
+        time.sleep(0.001)
+    assert silent < 300, f"silent for {silent} of some 3,000 looks\n{two.said()}"  # a busy machine stalls processes
+
+
+@pytest.mark.parametrize("device", ["mgmt", "fwd"])
+def test_given_lock_step_when_one_path_is_cut_then_nothing_but_a_warning(two: Two, device: str) -> None:
+    two.site.set(device, "down")
+    two.watch_for(2)
+    assert two.state("a") is State.LOCKSTEP
+    assert two.state("b") is State.UNPROTECTED  # it never decided anything
+    assert two.speakers() == "a"
+    assert "a path to the peer is lost" in two.said()
+
+
+def test_given_lock_step_when_the_primary_is_killed_then_the_secondary_is_promoted_soon(two: Two) -> None:
+    two.signal("a", signal.SIGKILL)
+    two.processes["a"].wait()
+    took = two.watch(lambda: two.state("b") is State.PROMOTED)
+    print(f"promoted after {took * 1000:.0f} ms")
+    assert took > 0.2  # its leave had to end first
+    assert took < 2
+    two.watch_for(2.5)  # longer than etcd's lease: it is renewed
+    assert two.speakers() == "b"
+
+
+def test_given_lock_step_when_the_secondary_is_killed_then_the_primary_goes_on_alone(two: Two) -> None:
+    two.signal("b", signal.SIGKILL)
+    two.watch(lambda: two.state("a") is State.PASSTHROUGH)
+    two.watch_for(2.5)
+    assert two.speakers() == "a"
+
+
+def test_given_lock_step_when_the_primary_is_frozen_and_wakes_up_then_it_finds_itself_halted(two: Two) -> None:
+    two.signal("a", signal.SIGSTOP)
+    two.watch(lambda: two.speakers() == "b")
+    two.watch_for(random.random())
+    two.signal("a", signal.SIGCONT)
+    two.watch(lambda: two.state("a") is State.HALTED)
+    two.watch_for(1)
+    assert two.speakers() == "b"
+
+
+def test_given_lock_step_when_the_secondary_is_frozen_and_wakes_up_then_it_stays_silent(two: Two) -> None:
+    two.signal("b", signal.SIGSTOP)
+    two.watch(lambda: two.state("a") is State.PASSTHROUGH)
+    two.watch_for(random.random())
+    two.signal("b", signal.SIGCONT)
+    two.watch_for(2)
+    assert two.speakers() == "a"
+    assert two.state("b") in (State.UNPROTECTED, State.HALTED)
+
+
+def test_given_lock_step_when_both_paths_are_cut_then_the_primary_goes_on_and_the_secondary_halts(two: Two) -> None:
+    two.site.set("mgmt", "down")
+    two.site.set("fwd", "down")
+    two.watch(lambda: two.state("a") is State.PASSTHROUGH and two.state("b") is State.HALTED)
+    two.watch_for(2.5)
+    assert two.speakers() == "a"
+
+
+def test_given_both_paths_cut_when_the_arbiter_is_frozen_too_then_both_are_silent_until_it_is_back(two: Two) -> None:
+    two.etcd.freeze()
+    two.watch_for(1)
+    assert two.speakers() == "a"  # lock-step needs no arbiter
+    two.site.set("mgmt", "down")
+    two.site.set("fwd", "down")
+    two.watch(lambda: two.speakers() == "")
+    two.watch_for(2)
+    assert two.speakers() == ""
+    two.etcd.thaw()
+    two.watch(lambda: len(two.speakers()) == 1)
+    two.watch_for(1)
+    halted = [name for name in ROLES if two.state(name) is State.HALTED]
+    assert len(halted) == 1
+
+
+def test_given_a_primary_alone_when_it_can_not_renew_then_it_falls_silent_and_speaks_again_later(two: Two) -> None:
+    two.signal("b", signal.SIGKILL)
+    two.watch(lambda: two.state("a") is State.PASSTHROUGH)
+    two.etcd.freeze()
+    assert two.watch(lambda: two.speakers() == "") < 2.5
+    two.etcd.thaw()
+    two.watch(lambda: two.speakers() == "a")
+
+
+def test_given_a_primary_alone_when_it_is_frozen_for_longer_than_its_lease_then_it_wakes_up_silent(two: Two) -> None:
+    two.signal("b", signal.SIGKILL)
+    two.watch(lambda: two.state("a") is State.PASSTHROUGH)
+    two.signal("a", signal.SIGSTOP)
+    two.watch(lambda: two.speakers() == "")  # no process of its had to run for that
+    two.watch_for(1)
+    two.signal("a", signal.SIGCONT)
+    two.watch(lambda: two.speakers() == "a")  # etcd says that it is still the one
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_given_lock_step_when_anything_happens_then_never_two(two: Two, seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(6):
+        what = chance.choice(
+            ["cut mgmt", "cut fwd", "mend", "freeze a", "freeze b", "thaw", "freeze etcd", "thaw etcd"]
+        )
+        verb, _, whom = what.partition(" ")
+        if verb == "cut":
+            two.site.set(whom, "down")
+        elif verb == "mend":
+            two.site.set("mgmt", "up")
+            two.site.set("fwd", "up")
+        elif verb == "freeze" and whom in ROLES:
+            two.signal(whom, signal.SIGSTOP)
+        elif what == "thaw":
+            for name in ROLES:
+                two.signal(name, signal.SIGCONT)
+        elif what == "freeze etcd":
+            two.etcd.freeze()
+        else:
+            two.etcd.thaw()
+        two.watch_for(chance.random() / 2)
+    for name in ROLES:
+        two.signal(name, signal.SIGCONT)
+    two.etcd.thaw()
+    two.watch_for(2)
