@@ -215,11 +215,11 @@ class Control:
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
-    def events(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
-        """What the programs have told since the last call; waits for the first up to `timeout_s`."""
+    def events(self, timeout_s: float = 0.0, most: int | None = None) -> list[dict[str, Any]]:
+        """What the programs have told since the last call, or the first `most` of it; waits up to `timeout_s`."""
         if self._events is None:
             self._events = EventReader(self.fd("events"), self.shapes.leaf("last_events"))
-        return self._events.read(timeout_s)
+        return self._events.read(timeout_s, most)
 
     def snapshot(self) -> dict[str, Any]:
         """States, counters and holding times, as JSON knows them."""

@@ -39,5 +39,18 @@ def test_more_runs_a_part(rig: Rig, runs: int) -> None:
     assert parts(rig, runs) == [*range(BATCH * runs, rig.flow_top(), BATCH * runs), 0]
 
 
+@pytest.mark.parametrize("timeout_s", [0.0, 1.0])
+def test_a_burst_of_events_in_parts(rig: Rig, timeout_s: float) -> None:
+    ports = [next_port() for _ in range(25)]
+    for port in ports:
+        rig.output(udp(port, b"alone"))
+    rig.set_timeout(1)
+    rig.control.events(0)
+    rig.control.sweep()
+    found = [rig.control.events(timeout_s, most=10) for _ in range(3)]
+    assert [len(part) for part in found] == [10, 10, 5]
+    assert sorted(event["flow"]["guest_port"] for part in found for event in part) == ports
+
+
 def test_a_start_behind_the_last_flow_is_the_end(rig: Rig) -> None:
     assert rig.control.sweep_some(1 << 30, 1) == 0
