@@ -31,7 +31,9 @@ def ms(low: int, high: int) -> keys.Kind:
 class HostConfig:
     """[host]: this host."""
 
-    name: str = setting(keys.NAME, "in the messages to the other host and in the arbiter's keys", shown="a")
+    name: str = setting(
+        keys.NAME, "this host's name, in messages to the other one and in the arbiter's keys", shown="a"
+    )
     control_socket: Path = setting(
         keys.SOCKET, "for `coloebpf status` and the like", Path("/run/coloebpf/control.sock")
     )
@@ -46,14 +48,20 @@ class HostConfig:
 class PeerConfig:
     """[peer]: the other host."""
 
-    name: str = setting(keys.NAME, "as its certificate and its own file say", shown="b")
-    listen: Address = setting(keys.ADDRESS, "this host on the management network", shown="192.0.2.1:7788")
-    connect: Address = setting(keys.ADDRESS, "the other one there", shown="192.0.2.2:7788")
-    ca: Path = setting(keys.PATH, "who signed both certificates", Path("/etc/coloebpf/pki/ca.pem"))
-    certificate: Path = setting(keys.PATH, "this host's", Path("/etc/coloebpf/pki/host.pem"))
-    key: Path = setting(keys.PATH, "its private key", Path("/etc/coloebpf/pki/host.key"))
-    heartbeat_interval_ms: int = setting(ms(5, 10_000), "between two heartbeats on a path", 50)
-    heartbeat_timeout_ms: int = setting(ms(10, 60_000), "without any on both paths the other host is lost", 200)
+    name: str = setting(keys.NAME, "the other host's name, as its certificate and its own file have it", shown="b")
+    listen: Address = setting(keys.ADDRESS, "this host's address on the management network", shown="192.0.2.1:7788")
+    connect: Address = setting(keys.ADDRESS, "the other host's", shown="192.0.2.2:7788")
+    ca: Path = setting(
+        keys.PATH,
+        "of the authority that signed both certificates (`coloebpf config init-pki`)",
+        Path("/etc/coloebpf/pki/ca.pem"),
+    )
+    certificate: Path = setting(keys.PATH, "this host's certificate", Path("/etc/coloebpf/pki/host.pem"))
+    key: Path = setting(keys.PATH, "this host's private key", Path("/etc/coloebpf/pki/host.key"))
+    heartbeat_interval_ms: int = setting(ms(5, 10_000), "between two heartbeats on each path", 50)
+    heartbeat_timeout_ms: int = setting(
+        ms(10, 60_000), "without a heartbeat on either path for so long the other host is lost", 200
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +78,11 @@ class NicConfig:
     bridge: str = setting(
         keys.optional(keys.DEVICE, "", "the one that vif is in"), "where a promoted SVM speaks", "", shown="br0"
     )
-    arp: Policy = setting(keys.member(Policy), "what happens to the guest's ARP", Policy.PASS, live=True)
-    nd: Policy = setting(keys.member(Policy), "to its IPv6 neighbour discovery", Policy.PASS, live=True)
-    other: Policy = setting(keys.member(Policy), "to other Ethernet types", Policy.COMPARE, live=True)
+    arp: Policy = setting(keys.member(Policy), "what happens to the guest's ARP frames", Policy.PASS, live=True)
+    nd: Policy = setting(keys.member(Policy), "what happens to its IPv6 neighbour discovery", Policy.PASS, live=True)
+    other: Policy = setting(
+        keys.member(Policy), "what happens to its frames of other Ethernet types", Policy.COMPARE, live=True
+    )
 
     def spec(self, pair: PairConfig) -> NicSpec:
         """As the dataplane's attach() takes it."""
@@ -86,10 +96,10 @@ class NicConfig:
 class Exemption:
     """[[pair.exempt]]: traffic that passes uncompared."""
 
-    protocol: int = setting(keys.PROTOCOL, "of IP", shown="udp")
-    guest_port: int = setting(keys.integer(0, 65535), "the guest's; 0: every", 0, shown=123)
-    remote: str = setting(keys.PREFIX, "the other side's addresses", "0.0.0.0/0")
-    nic: int = setting(keys.integer(0, MAX_NICS - 1), "the NIC's number", shown=0)
+    protocol: int = setting(keys.PROTOCOL, "the IP protocol, a name or a number", shown="udp")
+    guest_port: int = setting(keys.integer(0, 65535), "the guest's port; 0: every port", 0, shown=123)
+    remote: str = setting(keys.PREFIX, "addresses of the other side", "0.0.0.0/0")
+    nic: int = setting(keys.integer(0, MAX_NICS - 1), "number of the guest's NIC", shown=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +124,7 @@ class ModelConfig:
 class PairConfig:
     """[[pair]]: a guest on two hosts."""
 
-    name: str = setting(keys.NAME, "in commands, logs and metrics", shown="web")
+    name: str = setting(keys.NAME, "the pair's name, in commands, logs and metrics", shown="web")
     number: int = setting(keys.integer(0, MAX_PAIRS - 1), "of the dataplane, the same on both hosts", shown=0)
     role: Role = setting(keys.member(Role), "what this host is to the guest", shown="primary")
     engine: Literal["libxl-colo", "model"] = setting(
@@ -124,17 +134,39 @@ class PairConfig:
         keys.choice("none", "etcd", "command"), "who says which host goes on alone", "none", shown="etcd"
     )
     on_service_loss: Literal["hold", "open"] = setting(
-        keys.choice("hold", "open"), "without the service: go on holding, or let everything pass", "hold", live=True
+        keys.choice("hold", "open"),
+        "without the service: hold what is unproven, or let everything pass",
+        "hold",
+        live=True,
     )
-    service_loss_after_ms: int = setting(ms(100, HOUR_MS), 'without a service for so long: "open"', 2000, live=True)
-    compare_timeout_ms: int = setting(ms(10, 60_000), "unproven for longer: a checkpoint", 200, live=True)
-    interval_min_ms: int = setting(ms(0, 60_000), "from a commit to the next request, at least", 20, live=True)
-    interval_max_ms: int = setting(ms(10, HOUR_MS), "likewise, at most", 4000, live=True)
-    commit_timeout_ms: int = setting(ms(100, HOUR_MS), "a longer checkpoint has failed for good", 10_000, live=True)
-    storm_count: int = setting(keys.integer(2, 10_000), "requests for a cause: periodic mode, if", 20, live=True)
-    storm_window_ms: int = setting(ms(10, HOUR_MS), "they come in so long", 2000, live=True)
-    periodic_interval_ms: int = setting(ms(10, 60_000), "from commit to request in that mode", 100, live=True)
-    calm_ms: int = setting(ms(100, HOUR_MS), "without a cause: out of that mode again", 10_000, live=True)
+    service_loss_after_ms: int = setting(
+        ms(100, HOUR_MS), 'for "open": without the service for so long', 2000, live=True
+    )
+    compare_timeout_ms: int = setting(
+        ms(10, 60_000), "output unproven for longer asks for a checkpoint", 200, live=True
+    )
+    interval_min_ms: int = setting(
+        ms(0, 60_000), "from a commit to the next request for a checkpoint, at least", 20, live=True
+    )
+    interval_max_ms: int = setting(
+        ms(10, HOUR_MS), "from a commit to the next request for a checkpoint, at most", 4000, live=True
+    )
+    commit_timeout_ms: int = setting(
+        ms(100, HOUR_MS), "a checkpoint that takes longer has failed for good: the secondary is gone", 10_000, live=True
+    )
+    storm_count: int = setting(
+        keys.integer(2, 10_000),
+        "so many requests because of the traffic are a storm (periodic mode), if",
+        20,
+        live=True,
+    )
+    storm_window_ms: int = setting(ms(10, HOUR_MS), "... they come within so long", 2000, live=True)
+    periodic_interval_ms: int = setting(
+        ms(10, 60_000), "in periodic mode: from a commit to the next request", 100, live=True
+    )
+    calm_ms: int = setting(
+        ms(100, HOUR_MS), "in periodic mode: without a cause for so long, back to lock-step mode", 10_000, live=True
+    )
     nics: tuple[NicConfig, ...] = table(NicConfig, "nic", "the guest's NICs", many=True)
     exempts: tuple[Exemption, ...] = table(Exemption, "exempt", "passes uncompared", (), many=True, live=True)
     libxl_colo: LibxlColoConfig | None = table(LibxlColoConfig, "libxl_colo", 'for engine = "libxl-colo"', None)
@@ -145,18 +177,22 @@ class PairConfig:
 class EtcdConfig:
     """[arbiter.etcd]: a lease in etcd."""
 
-    endpoints: tuple[str, ...] = setting(keys.URLS, "the cluster's members", shown=["http://127.0.0.1:2379"])
-    lease_s: int = setting(keys.integer(1, 60, "seconds"), "the right to go on alone lasts, if not renewed", 2)
-    prefix: str = setting(keys.NAME, "of its keys: /prefix/pair", "coloebpf")
-    request_timeout_ms: int = setting(ms(10, 60_000), "for one answer", 500)
+    endpoints: tuple[str, ...] = setting(keys.URLS, "members of the cluster", shown=["http://127.0.0.1:2379"])
+    lease_s: int = setting(
+        keys.integer(1, 60, "seconds"), "how long the right to go on alone lasts after each renewal", 2
+    )
+    prefix: str = setting(keys.NAME, "prefix of its keys: /prefix/pair/...", "coloebpf")
+    request_timeout_ms: int = setting(ms(10, 60_000), "longest time for one answer", 500)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandConfig:
     """[arbiter.command]: turns the other host off; exit code 0 says that it is off."""
 
-    fence: tuple[str, ...] = setting(keys.WORDS, "the command", shown=["/usr/sbin/stonith_admin", "--reboot", "b"])
-    timeout_s: int = setting(keys.integer(1, 3600, "seconds"), "longer counts as failed", 30)
+    fence: tuple[str, ...] = setting(
+        keys.WORDS, "the command and its arguments", shown=["/usr/sbin/stonith_admin", "--reboot", "b"]
+    )
+    timeout_s: int = setting(keys.integer(1, 3600, "seconds"), "a command that takes longer has failed", 30)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,9 @@ def check(config: Config, reader: Reader) -> None:
     for at, pair in pairs:
         _times(reader, at, pair)
         _engine(reader, at, pair)
+        if pair.on_service_loss == "open" and pair.arbiter != "none":
+            why = 'must be "hold" with an arbiter: without this host\'s service the other one takes over'
+            reader.wrong(f"{at}.on_service_loss", "is open", why)
         _exemptions(reader, at, pair)
     _arbiters(reader, config, pairs)
     _peer(reader, config)

@@ -85,6 +85,10 @@ class Supervisor(ABC):
         if (self.config.role, kept) in IMPOSSIBLE:
             self.out.control.set_state(self.number, State.HALTED)
             kept = State.HALTED
+        if self.config.role is Role.PRIMARY and self.config.on_service_loss == "open" and kept is State.LOCKSTEP:
+            # The programs may have let everything pass for a while. The next commit's copy includes that.
+            self.out.control.set_state(self.number, State.CHECKPOINTING)
+            kept = State.CHECKPOINTING
         self.machine.state = kept
         self.state_reason = "as it was before the service's start"
         self.tick()

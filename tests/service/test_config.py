@@ -138,6 +138,7 @@ def test_what_a_file_reads_as() -> None:
         ([("number = 0", "number = 0\ncalm_ms = 1999")], "pair[0].storm_window_ms", "is 2000", "at most calm_ms, which is 1999"),
         ([("number = 0", "number = 0\ninterval_max_ms = 5000")], "pair[0].interval_max_ms", "is 5000", "libxl checkpoints by itself"),
         ([("number = 0", "number = 0\nstorm_count = 101")], "pair[0].storm_window_ms", "is 2000", "which is 2020"),
+        ([("number = 0", 'number = 0\non_service_loss = "open"')], "pair[0].on_service_loss", "is open", '"hold" with an arbiter'),
         ([("127.0.0.1:9000", "192.0.2.1:9000")], "pair[0].libxl_colo.listen", "is 192.0.2.1:9000", "loopback"),
         ([("127.0.0.1:9000", "[::1]:9000")], "pair[0].libxl_colo.listen", "is [::1]:9000", "IPv4"),
         ([("127.0.0.1:9000", "127.0.0.1:9877")], "pair[0].libxl_colo.listen", "as host.metrics_listen is", "port of its own"),

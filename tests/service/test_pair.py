@@ -731,6 +731,21 @@ def test_a_restart_in_a_checkpoint(careful: bool) -> None:
     play(test, careful=careful)
 
 
+def test_a_restart_where_everything_may_have_passed_meanwhile() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.story.clear()
+        await world.restart(P)
+        assert world.p.state is CHECKPOINTING
+        assert world.p.plane.open_after_ns > time.monotonic_ns()
+        world.connect()
+        await world.states(LOCKSTEP, LOCKSTEP)
+        assert world.story.index("p checkpointing") < world.story.index("p commit")
+        assert world.primary.ledger.commits == {"initial": 1}
+
+    play(test, on_service_loss="open", promotes=False)
+
+
 def test_a_restart_before_the_first_commit() -> None:
     async def test(world: World) -> None:
         for side in world.sides.values():
