@@ -282,7 +282,7 @@ def test_a_hook_that_is_held(root: Path, monkeypatch: pytest.MonkeyPatch, name: 
     Preflight().kernel_headers().tell_bcc(os.environ)
     from bcc import BPF
 
-    program = BPF(text="int nothing(void *ctx) { return -1; }", cflags=list(Preflight().kernel_headers().cflags))
+    program = BPF(text=b"int nothing(void *ctx) { return -1; }", cflags=list(Preflight().kernel_headers().cflags))
     with netdev.Devices() as devices, monkeypatch.context() as other:
         other.setattr(netdev, "NAME", name)
         device = devices.find("vif1.0-emu")
