@@ -66,6 +66,8 @@ def _table() -> dict[tuple[Role, State, Trigger], State]:
     for trigger in (Trigger.REFUSED, Trigger.LEASE_LOST):
         row(trigger, (PRIMARY,), (SYNCING, LOCKSTEP, CHECKPOINTING, PASSTHROUGH), HALTED)
         row(trigger, (SECONDARY,), (SYNCING, LOCKSTEP, CHECKPOINTING, PROMOTED), HALTED)
+    # A primary that remembers nothing, after a reboot say, while the guest runs on the other host.
+    row(Trigger.REFUSED, (PRIMARY,), (UNPROTECTED,), HALTED)
     row(Trigger.UNPROTECT, (PRIMARY,), (SYNCING, LOCKSTEP, CHECKPOINTING, PASSTHROUGH, HALTED), UNPROTECTED)
     row(Trigger.UNPROTECT, (SECONDARY,), (SYNCING, LOCKSTEP, CHECKPOINTING, HALTED), UNPROTECTED)
     return table

@@ -26,7 +26,11 @@ from coloebpf.service.peer.messages import Message, PairNote, StateNote
 log = logging.getLogger("coloebpf.pair")
 
 MS = 1_000_000  # ns
-IMPOSSIBLE = {(Role.PRIMARY, State.PROMOTED), (Role.SECONDARY, State.PASSTHROUGH)}  # of another role's time
+# What a state becomes when the roles were exchanged in the file: who was alone with the guest still is.
+OTHER_ROLE = {
+    (Role.PRIMARY, State.PROMOTED): State.PASSTHROUGH,
+    (Role.SECONDARY, State.PASSTHROUGH): State.HALTED,
+}
 
 
 class PairControl(Protocol):
@@ -82,9 +86,9 @@ class Supervisor(ABC):
     async def start(self) -> None:
         """Goes on with the state that the dataplane has. Raises EngineError if the engine can't be started."""
         kept = self.out.control.state(self.number).state
-        if (self.config.role, kept) in IMPOSSIBLE:
-            self.out.control.set_state(self.number, State.HALTED)
-            kept = State.HALTED
+        if (self.config.role, kept) in OTHER_ROLE:
+            kept = OTHER_ROLE[self.config.role, kept]
+            self.out.control.set_state(self.number, kept)
         if self.config.role is Role.PRIMARY and self.config.on_service_loss == "open" and kept is State.LOCKSTEP:
             # The programs may have let everything pass for a while. The next commit's copy includes that.
             self.out.control.set_state(self.number, State.CHECKPOINTING)
@@ -212,7 +216,7 @@ class Supervisor(ABC):
             answer = await self.out.arbiter.acquire(self.config)
             if isinstance(answer, Grant):
                 await self.take_over(answer, f"arbiter {self.out.arbiter.name} says yes")
-            else:
+            elif self.machine.alone_pending:  # else an operator has ended the protection meanwhile
                 self.go(Trigger.REFUSED, answer.reason)
         finally:
             self._asking = None

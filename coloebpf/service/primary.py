@@ -206,7 +206,7 @@ class Primary(Supervisor):
     def link_up(self, peer: messages.PairNote | None) -> None:
         """See Supervisor. The state may have changed since this side's hello."""
         super().link_up(peer)
-        if self.machine.state is not State.HALTED:  # which would be an offer
+        if self.machine.state not in (State.HALTED, State.UNPROTECTED):  # of these, only news mean something
             self.tell_state()
         self.consider()
 

@@ -63,6 +63,9 @@ class Secondary(Supervisor):
             self.tell_state()
         elif state is State.PASSTHROUGH and self.machine.state in FOLLOWING:
             self.go(Trigger.REFUSED, "the primary goes on alone")
+        elif state is State.UNPROTECTED and not live and self.machine.state in REPLICATED:
+            # After a reboot the primary remembers nothing, and this may be all that is left of the guest.
+            self.say(logging.ERROR, "the primary knows of no protection: say `failover` here, or `protect` there")
         elif state is State.UNPROTECTED and self.machine.state in FOLLOWING:
             self.go(Trigger.UNPROTECT, "the primary's protection has ended")
         elif state is State.HALTED and live and self.machine.state in REPLICATED:
@@ -158,9 +161,16 @@ class Secondary(Supervisor):
         raise PairError(f"pair {self.config.name} is copied from its primary: ask there")
 
     async def failover(self) -> None:
-        """See Supervisor. Here it is an operator's word that the primary is gone, for a pair that has no arbiter."""
+        """See Supervisor. Here it is an operator's word that the primary is gone, where no arbiter can say it."""
         if not self.machine.alone_pending:
-            raise PairError(f"pair {self.config.name}: the primary is there, or this is no replica: ask the primary")
+            if self.machine.state not in REPLICATED or self.peer_state not in (State.UNPROTECTED, State.HALTED):
+                raise PairError(
+                    f"pair {self.config.name}: the primary is there, or this is no replica: ask the primary"
+                )
+            self.go(Trigger.PEER_LOST, "an operator says that the primary is gone")
+            if self.out.arbiter.promotes:
+                self.ask()
+                return
         if self.out.arbiter.promotes:
             raise PairError(f"pair {self.config.name}: arbiter {self.out.arbiter.name} is being asked already")
         await self.take_over(Grant(), "an operator says that the primary is gone")

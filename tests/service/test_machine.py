@@ -25,7 +25,7 @@ COLUMNS = (
 TABLE = {
     #           protect synced susp. commit failed lost grant refus lease unprot back
     P: """
-        unpr    sync    -      -     -      -      unpr -     -     -     -      unpr
+        unpr    sync    -      -     -      -      unpr -     halt  -     -      unpr
         sync    -       lock   chkp  -      unpr   sync -     halt  halt  unpr   sync
         lock    -       -      chkp  -      lock   lock pass  halt  halt  unpr   lock
         chkp    -       -      chkp  lock   chkp   chkp pass  halt  halt  unpr   chkp

@@ -779,13 +779,55 @@ def test_a_restart_of_who_is_alone(answer: Grant | Refusal, state: State) -> Non
     play(test, leased=True)
 
 
-def test_a_state_of_the_other_role_is_none() -> None:
+def test_roles_that_were_exchanged() -> None:
+    """After a takeover the file calls the secondary primary: it is still alone with the guest."""
+
     async def test(world: World) -> None:
         world.p.plane.set_state(3, PROMOTED)
-        await world.p.pair.start()
-        assert world.p.state is HALTED
+        world.s.plane.set_state(3, PASSTHROUGH)
+        for side in world.sides.values():
+            await side.pair.start()
+        assert (world.p.state, world.s.state) == (PASSTHROUGH, HALTED)
+        world.connect()
+        await world.primary.protect()
+        await world.states(LOCKSTEP, LOCKSTEP)
 
     play(test)
+
+
+@pytest.mark.parametrize("promotes", [False, True])
+def test_a_primary_that_remembers_nothing(promotes: bool) -> None:
+    """Its host was started again: the secondary has all that is left of the guest."""
+
+    async def test(world: World) -> None:
+        await world.protected()
+        world.disconnect()
+        world.p.plane.set_state(3, UNPROTECTED)
+        await world.restart(P)
+        world.connect()
+        await world.settle()
+        assert (world.p.state, world.s.state) == (UNPROTECTED, LOCKSTEP)
+        if promotes:
+            world.arbiter.answers[S].put_nowait(Grant())
+        await world.secondary.failover()
+        await world.states(HALTED, PROMOTED)
+        with pytest.raises(PairError, match="unprotect it first"):
+            await world.primary.protect()
+
+    play(test, promotes=promotes)
+
+
+def test_an_answer_that_comes_after_the_end() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.part()
+        await world.until(lambda: sorted(world.arbiter.asked) == [P, S])
+        await world.primary.unprotect()
+        world.arbiter.answers[P].put_nowait(Refusal("no record of this pair"))
+        await world.settle()
+        assert world.p.state is UNPROTECTED
+
+    play(test, leased=True)
 
 
 @pytest.mark.parametrize(("policy", "open_later"), [("hold", False), ("open", True)])
