@@ -29,11 +29,12 @@ NS_PER_S = 1_000_000_000
 
 @dataclass(frozen=True)
 class Watch:
-    """A pair to watch. `fwds`: NIC's number -> (forward device, VLAN id or 0)."""
+    """A pair to watch. `fwds`: NIC's number -> (forward device, VLAN id or 0). `leased`: as the pair's arbiter is."""
 
     pair: int
     role: Role
     fwds: Mapping[int, tuple[str, int]]
+    leased: bool
 
 
 @dataclass(frozen=True)
@@ -130,20 +131,14 @@ class Heartbeat:
         for pair in before.keys() - self._watches.keys():
             self._lost.discard(pair)
             self.set_granting(pair, False)
-            self.set_leased(pair, False)
+        leased = [w.pair for w in self._watches.values() if w.leased and w.role is Role.PRIMARY]
+        self._deadlines = {pair: self._deadlines.get(pair) for pair in leased}
         if self._watches.keys() - before.keys():
             self._judge_from_ns = self._clock() + self.timeout_ns
 
     def set_granting(self, pair: int, on: bool) -> None:
         """On a secondary: the primary may speak because of our beats. Ends by itself when `lost` is reported."""
         self.granter.set_granting(pair, on)
-
-    def set_leased(self, pair: int, on: bool) -> None:
-        """On a primary, from just before lock-step to its end: `lease` is reported, and it is `lost` to have none."""
-        if on:
-            self._deadlines.setdefault(pair, None)
-        else:
-            self._deadlines.pop(pair, None)
 
     def status(self) -> list[PathStatus]:
         """The management path, and each forward device."""
@@ -188,7 +183,7 @@ class Heartbeat:
             self._granted(pair, beat.echo)
 
     async def run(self) -> None:
-        """Beats, until it is cancelled."""
+        """Beats, until it is cancelled. What it raises is the end of the service: nobody would be heard any more."""
         try:
             while True:
                 self.tick()
@@ -271,6 +266,14 @@ class Heartbeat:
                 )
                 say(log, logging.ERROR, why, pair=pair, role=watch.role.name.lower())
                 self._reports.lost(pair)
+
+    def _tell_lost(self, watch: Watch, both_paths: bool) -> None:
+        role = watch.role.name.lower()
+        if both_paths:
+            say(log, logging.ERROR, "the peer is lost on both paths", pair=watch.pair, role=role)
+        else:  # a secondary that follows no more does that, too
+            say(log, logging.INFO, "the peer gives no more leave to speak", pair=watch.pair, role=role)
+        self._reports.lost(watch.pair)
 
     def _patience_ends(self, watch: Watch, last_ns: int) -> int:
         """When the arbiter is asked: a primary at once, a secondary later, so that a living primary is first."""

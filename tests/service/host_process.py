@@ -109,9 +109,8 @@ class HostProcess:
         asyncio.get_running_loop().add_reader(self.ear, self.frame)
         if self.role is Role.PRIMARY:
             await self.arbiter.begin(self)
-            self.beat.set_leased(PAIR, True)
         self.link.start()
-        self.beat.watch([Watch(PAIR, self.role, {NIC: ("fwd", 0)})])
+        self.beat.watch([Watch(PAIR, self.role, {NIC: ("fwd", 0)}, leased=True)])
         await self.beat.run()
 
     def up(self, hello: Hello) -> None:

@@ -75,7 +75,7 @@ class Bench:
                 lambda cookie: self.said.append(("expect", cookie)),
             ),
         )
-        self.beat.watch([Watch(0, self.role, {4: ("none", 0), 5: ("none", 7)})])
+        self.beat.watch([Watch(0, self.role, {4: ("none", 0), 5: ("none", 7)}, leased=True)])
         self.beat.peer_up(Hello("b", PEER.hex(), 1, LEASE, ()))
 
     def _send(self, beat: Beat) -> bool:
@@ -270,7 +270,6 @@ def test_numbers_go_round() -> None:
 
 def test_a_grant_on_either_path_is_a_deadline_once() -> None:
     bench = Bench()
-    bench.beat.set_leased(0, True)
     bench.ticks(1)
     sent_at, number = bench.now, bench.sent.number
     bench.now += 10 * MS
@@ -288,17 +287,16 @@ def test_a_grant_on_either_path_is_a_deadline_once() -> None:
 
 def test_the_shorter_lease_of_the_two_counts() -> None:
     bench = Bench()
-    bench.beat.set_leased(0, True)
     bench.beat.peer_up(Hello("b", PEER.hex(), 1, 100 * MS, ()))
     bench.ticks(1)
     bench.mgmt(echo=bench.sent.number, granted=(0,))
     assert bench.told("lease") == [(0, bench.now + 100 * MS)]
 
 
-def test_a_pair_that_is_not_leased_gets_no_deadlines() -> None:
+@pytest.mark.parametrize("watch", [Watch(0, Role.SECONDARY, {}, leased=True), Watch(0, Role.PRIMARY, {}, leased=False)])
+def test_neither_a_secondary_nor_a_pair_without_leases_gets_deadlines(watch: Watch) -> None:
     bench = Bench()
-    bench.beat.set_leased(0, True)
-    bench.beat.set_leased(0, False)
+    bench.beat.watch([watch])
     bench.ticks(1)
     bench.mgmt(echo=bench.sent.number, granted=(0,))
     assert bench.told("lease") == []
@@ -306,7 +304,6 @@ def test_a_pair_that_is_not_leased_gets_no_deadlines() -> None:
 
 def test_leave_that_has_ended_is_a_loss_and_leave_that_comes_again_its_end() -> None:
     bench = Bench()
-    bench.beat.set_leased(0, True)
     bench.ticks(5, "mgmt")
     assert bench.told("lost") == []  # it never had any
     bench.mgmt(echo=bench.sent.number, granted=(0,))
@@ -317,7 +314,7 @@ def test_leave_that_has_ended_is_a_loss_and_leave_that_comes_again_its_end() -> 
     bench.mgmt(echo=bench.sent.number, granted=(0,))
     bench.ticks(1, "mgmt")
     assert bench.told("back") == [0]
-    bench.beat.set_leased(0, False)  # the pair is alone by the arbiter's leave, or not protected any more
+    bench.beat.watch([Watch(0, Role.PRIMARY, {}, leased=False)])
     bench.ticks(20, "mgmt")
     assert bench.told("lost") == [0]
 
@@ -325,7 +322,7 @@ def test_leave_that_has_ended_is_a_loss_and_leave_that_comes_again_its_end() -> 
 def test_the_status_of_the_paths() -> None:
     bench = Bench()
     bench.beat.watch(
-        [Watch(0, Role.PRIMARY, {4: ("fwd0", 1), 5: ("fwd0", 2)}), Watch(1, Role.PRIMARY, {6: ("fwd1", 0)})]
+        [Watch(0, Role.PRIMARY, {4: ("fwd0", 1), 5: ("fwd0", 2)}, True), Watch(1, Role.PRIMARY, {6: ("fwd1", 0)}, True)]
     )
     bench.ticks(5, "mgmt", "fwd")
     bench.fwd(nic=5)
@@ -344,7 +341,7 @@ def test_a_new_pair_is_not_judged_at_once_and_an_old_one_is_forgotten() -> None:
     bench.ticks(20)
     assert bench.told("lost") == [0]
     bench.beat.set_granting(0, True)
-    bench.beat.watch([Watch(1, Role.PRIMARY, {})])
+    bench.beat.watch([Watch(1, Role.PRIMARY, {}, True)])
     assert not bench.beat.granter.pairs
     bench.ticks(3)
     assert bench.told("lost") == [0]
@@ -462,7 +459,7 @@ def test_run_beats_at_its_interval_on_both_paths(wire: str) -> None:
             send=send, fwd_beats=dict, reports=Reports(print, print, print, print),
         )  # fmt: skip
         with inside(wire), ear("far") as heard:
-            beat.watch([Watch(0, Role.PRIMARY, {0: ("fwd", 0)})])
+            beat.watch([Watch(0, Role.PRIMARY, {0: ("fwd", 0)}, True)])
             start = time.monotonic_ns()
             running = asyncio.create_task(beat.run())
             await asyncio.wait_for(enough.wait(), 5)

@@ -210,9 +210,11 @@ def test_an_address_that_is_taken_is_said(pki: Path) -> None:
     asyncio.run(run())
 
 
-def test_two_hosts_of_one_name(pki: Path) -> None:
+def test_names_that_cannot_be(pki: Path) -> None:
     with pytest.raises(LinkError, match="both hosts are called a"):
         Recorded("a", "a", identity(pki, "a"))
+    with pytest.raises(PkiError, match=r"'b\.\.c' can't be a certificate's name"):
+        Recorded("a", "b..c", identity(pki, "a"))
 
 
 def test_new_certificates_count_for_new_connections(pki: Path, tmp_path: Path) -> None:

@@ -84,12 +84,10 @@ class Host:
             fwd_beats=lambda: {} if self.noted is None else {PAIR: self.noted},
             reports=Reports(self.lost.append, lambda pair: None, self._lease, lambda cookie: None),
         )
-        self.beat.watch([Watch(PAIR, self.role, {PAIR: ("none", 0)})])
+        self.beat.watch([Watch(PAIR, self.role, {PAIR: ("none", 0)}, leased=True)])
         self.beat._senders[PAIR] = self  # type: ignore[assignment]
         if self.role is Role.SECONDARY:
             self.beat.set_granting(PAIR, True)
-        else:
-            self.beat.set_leased(PAIR, True)
 
     def clock(self) -> int:
         return self.offset + self.world.now + self.world.now * self.ppm // 1_000_000

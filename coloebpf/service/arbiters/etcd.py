@@ -5,6 +5,8 @@ Two keys a pair, below the prefix of the configuration:
     /<prefix>/<pair>/right      "both", or "alone <host>"; no lease
     /<prefix>/<pair>/speaker    "<host>", of the one that is alone; goes with its lease
 
+A prefix is for one couple of hosts: two couples with a pair of the same name would take it from each other.
+
 Who holds what, when:
 
     lock-step      right is "both", written by the primary (`begin`) before it tells the secondary that it may ever take

@@ -22,7 +22,7 @@ from coloebpf.errors import LinkError, MessageError
 from coloebpf.service.log import say
 from coloebpf.service.peer import messages
 from coloebpf.service.peer.messages import Hello, Message, PairNote
-from coloebpf.service.peer.pki import Identity, names_of
+from coloebpf.service.peer.pki import Identity, check_name, names_of
 from coloebpf.service.peer.refusals import Refusals
 from coloebpf.service.peer.session import Session
 
@@ -66,6 +66,7 @@ class PeerLink:
     ) -> None:
         if name == peer:
             raise LinkError(f"both hosts are called {name}: [host] name and [peer] name must differ")
+        check_name(peer)
         self.name, self.peer, self.identity = name, peer, identity
         self.refused = Refusals(log)
         self.sent = dict.fromkeys(messages.TYPES, 0)

@@ -44,8 +44,7 @@ def init_pki(
     All or nothing. Raises PkiError if a name can't be a certificate's, or any of the files exists already.
     """
     for host in hosts:
-        if not NAME.fullmatch(host) or _is_address(host):
-            raise PkiError(f"{host!r} can't be a certificate's name: letters, digits, '-', '_' and '.', 63 at most")
+        check_name(host)
     if len(set(hosts)) != len(hosts) or "ca" in hosts or not hosts:
         raise PkiError(f"hosts {', '.join(hosts) or '(none)'}: each needs a name of its own, and not 'ca'")
     if not 1 <= days <= CA_DAYS:
@@ -63,6 +62,12 @@ def init_pki(
         raise PkiError(f"{directory} has {', '.join(there)} already: nothing was overwritten; choose another directory")
     _write(directory, files)
     return list(files)
+
+
+def check_name(host: str) -> None:
+    """Raises PkiError if it can't be a certificate's: TLS would never find it there."""
+    if not NAME.fullmatch(host) or _is_address(host):
+        raise PkiError(f"{host!r} can't be a certificate's name: letters, digits, '-', '_' and '.', 63 at most")
 
 
 def _is_address(host: str) -> bool:

@@ -25,9 +25,13 @@ Who goes first. The secondary asks the arbiter only L after it last heard the pr
 misses the secondary, which is earlier. So when only the links between two healthy hosts are cut, the primary wins. A
 primary that hears the secondary and yet has lost its leave (it is not heard, or the secondary has asked) asks, too.
 
+A service that is gone for longer than L is therefore as good as a host that is gone: the secondary takes over. Who
+wants restarts of the service without that sets a longer heartbeat timeout, and waits as long for every takeover.
+
 What the two sides of a pair have to keep to:
 - The secondary grants from SYNCING on; the primary is in lock-step, and says so, only with a deadline in its map.
 - Nobody goes back from having asked: the answer is waited for, also if the other host comes back meanwhile.
+- A shorter heartbeat timeout is given to the primary's service first: it never counts with more than its own.
 """
 
 from __future__ import annotations
