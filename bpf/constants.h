@@ -1,6 +1,7 @@
 /* Limits, names and numbers of the dataplane. Each has its unit and its reason; the loader may override what is in #ifndef. */
 
 #define MAX_NICS 64u   /* guest NICs a host carries; small, every map of theirs is an array */
+#define VIF_HINTS 256u /* power of two: ifindexes of a few dozen vifs seldom share one */
 #define MAX_PAIRS 64u  /* protected guests a host takes part in */
 #define MAX_LINKS 128u /* (device, VLAN) of forward links; two tries per NIC leave room */
 
@@ -17,6 +18,11 @@
 #define MAX_FLOWS 65536u /* power of two, at most 2^20: a flow's number shares skb->mark with a secret of 12 bits */
 #endif
 #define FLOW_MASK 0xfffffu /* of skb->mark: a flow's number; the other bits are the secret of settings.mark */
+#ifndef MAGAZINE
+#define MAGAZINE 15 /* free slots that a CPU takes or gives back at once: with their number a cache line of 64 bytes. One less than a power of two; 1 for small slabs */
+#endif
+#define SPARE_MAGAZINES 1024 /* empty ones: two for each of 256 CPUs, and as many on their way between two stacks */
+#define MAX_MAGAZINES (1 + (MAX_SLOTS + MAGAZINE - 1) / MAGAZINE + SPARE_MAGAZINES) /* number 0 is none */
 #define SCRATCH_HOOK 0u /* in the map scratch: programs on hooks */
 #define SCRATCH_USER 1u /* run by user space, which before 6.2 a hook's program may interrupt on the same CPU */
 #define NONE 0xffffffffu /* no slot, no flow */
@@ -35,12 +41,16 @@
 #define GSO_BATCH 3        /* segments of one split run, likewise */
 #endif
 
+#define GSO_BATCH_UDP (GSO_BATCH > 1 ? 3 : 1) /* the search for equal datagrams takes more */
+
 /* Keys of the hash, one for each 4 bytes: no two positions of a range that is compared in one go may share one. */
-#define STREAM_WORDS 4096u /* TCP: 16 KiB of stream, more than any segment, and 32 KiB stay in the cache */
+#ifndef STREAM_WORDS
+#define STREAM_WORDS 512u /* TCP: 2 KiB of stream, more than any segment; 4 KiB of keys stay in the L1 cache. 4096 for 9,000 */
+#endif
 #define DGRAM_WORDS 16384u /* datagrams reach 64 KiB */
-#define HASH_PAD 16u       /* the first keys again behind the last, so that eight words are read without a wrap */
+#define HASH_PAD 32u       /* the first keys again behind the last, so that a round is read without a wrap */
 #ifndef HASH_ROUNDS
-#define HASH_ROUNDS 24u    /* of 64 bytes: the longest frame, 1,522 */
+#define HASH_ROUNDS 12u    /* of 128 bytes: the longest frame, 1,522 */
 #endif
 #define EMIT_STALE_NS 500000000ull /* half a second: a released packet that has not come back through the vif by then was dropped by the stack */
 #define MS 1000000ull
@@ -56,6 +66,9 @@
 #define ETH_P_IP_ 0x0800
 #define ETH_P_IPV6_ 0x86dd
 #define ETH_P_ARP_ 0x0806
+#define ETH_P_BEAT 0x88b5 /* IEEE 802: local experimental Ethertype 1 */
+#define BEAT_MAGIC 0x434f4c4f /* "COLO" */
+#define BEAT_VERSION 1
 #define TAG_PRESENT 0x1000u /* in flow_key.vlan: a tag is there; the bit is DEI's place, which is not compared */
 #define TAG_AD 0x8000u      /* in flow_key.vlan: it is an 802.1ad tag */
 #define MAX_EXT 6           /* IPv6 extension headers that are followed; RFC 8200 orders at most 6 different ones */

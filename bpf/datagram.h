@@ -112,12 +112,12 @@ static __always_inline bool prove_equal(struct flow *f, struct held_table *t, co
 }
 
 /* Unlinks the SVM's first record that equals `p`. NONE: there is none. */
-static __always_inline u32 use_equal(struct flow *f, struct held_table *t, const struct held *p)
+static __always_inline u32 use_equal(struct flow *f, struct held_table *t, const struct held *p, int walk)
 {
 	u32 here = f->s_head, before = NONE;
 
 #pragma nounroll
-	for (int i = 0; i < WALK; i++) {
+	for (int i = 0; i < walk; i++) {
 		if (here == NONE)
 			return NONE;
 		struct held *r = record(t, here);
@@ -137,16 +137,16 @@ static __always_inline u32 use_equal(struct flow *f, struct held_table *t, const
 	return NONE;
 }
 
-/* A PVM datagram or fragment, its record filled in. `*used`: a slot of the SVM's that it used up. */
+/* A PVM datagram or fragment, its record filled in. `*used`: a slot of the SVM's that it used up. (What is not `single` is a datagram.) */
 static __always_inline u32 p_take_datagram(struct flow *f, struct held_table *t, u32 index, struct held *h, u64 now, bool single, u32 *used)
 {
 	bool alone = forget_here(f, single && !f->p_count && !f->owner && may_pass(f, now)), diverged = f->flags & FLOW_DIVERGED;
 
 	if (f->p_count >= MAX_FIFO)
 		return TAKE_FULL;
-	if (h->type == HELD_DATAGRAM) {
+	if (!single || h->type == HELD_DATAGRAM) {
 		if (f->s_head != NONE && !diverged)
-			*used = use_equal(f, t, h);
+			*used = use_equal(f, t, h, single ? WALK : WALK / 2);
 		if (*used != NONE) {
 			if (alone)
 				return TAKE_PASS;
@@ -156,7 +156,7 @@ static __always_inline u32 p_take_datagram(struct flow *f, struct held_table *t,
 	} else {
 		p_append(f, t, index);
 		if (!diverged && p_complete(f, t, index, h) && f->s_head != NONE) {
-			*used = use_equal(f, t, h);
+			*used = use_equal(f, t, h, WALK);
 			if (*used != NONE)
 				prove_equal(f, t, record(t, *used));
 		}
@@ -173,17 +173,22 @@ static __always_inline u32 p_take_datagram(struct flow *f, struct held_table *t,
 }
 
 /* An SVM datagram or fragment, not stored yet. `*used`: a parked slot that it used up. */
-static __always_inline u32 s_take_datagram(struct flow *f, struct held_table *t, const struct held *s, u32 *used)
+static __always_inline u32 s_take_datagram(struct flow *f, struct held_table *t, const struct held *s, u64 now, u32 *used, struct release *out)
 {
 	if (f->flags & FLOW_DIVERGED)
 		return TAKE_SWALLOW;
+	struct held *first = record(t, f->p_head);
+	if (s->type == HELD_DATAGRAM && f->p_head != NONE && !f->owner && !(first->flags & HELD_PROVEN) && same_datagram(first, s) && may_emit(f, out->cpu, now)) {
+		prove(f, first);
+		return release_first(f, t, first, now, out, false);
+	}
 	if (s->type == HELD_FRAGMENT) {
 		u32 merged = s_merge(f, t, s);
 		if (merged != NONE) {
 			struct held *r = record(t, merged);
 			if (!(r->flags & HELD_WHOLE) || !prove_equal(f, t, r))
 				return TAKE_SWALLOW;
-			*used = use_equal(f, t, r); /* itself, or its twin */
+			*used = use_equal(f, t, r, WALK); /* itself, or its twin */
 			return drain_or(f, t, TAKE_SWALLOW);
 		}
 	} else if (prove_equal(f, t, s)) {

@@ -35,6 +35,32 @@ static __always_inline void walk_options(struct held *h, const struct view *v, c
 	h->digest |= 1ull << 63; /* malformed, or too many: equal only to the like */
 }
 
+#define MAX_EXTRA 127 /* bytes; IPv4 options are 40 at most, and IPv6 extension headers seldom more than 32 */
+
+/* What stands between the fixed IP header and the layer above goes into the flow's key. A frame of `all` bytes with more of it is compared as a whole.
+ * False: it is not all there. */
+static __always_inline bool note_extra(struct scratch *notes, const struct view *v, const struct hash_keys *keys, u32 all)
+{
+	struct packet *p = &notes->packet;
+	u32 fixed = p->l3 + (p->ip6 ? 40 : 20), len = p->l4 - fixed;
+	bool ok = true;
+
+	if (p->key.kind == KIND_FRAME || p->key.kind == KIND_FRAGMENT || p->l4 <= fixed)
+		return true;
+	if (len > MAX_EXTRA) {
+		whole_frame(p, all);
+		return true;
+	}
+	u32 extra = range_hash(keys, v, fixed, len, 0, false, &ok);
+	if (p->atomic) { /* its identification is never compared: out of the sum again */
+		u32 *id = peek(v, p->atomic + 4, 4);
+		if (id)
+			extra -= *keys_at(keys, (p->atomic + 4 - fixed) >> 2, false) * *id;
+	}
+	p->key.extra = 1 | forget(notes, 0, extra);
+	return ok;
+}
+
 static __always_inline bool describe(struct held *h, struct scratch *notes, const struct view *v, const struct hash_keys *keys, u32 epoch, u64 now)
 {
 	const struct packet *p = &notes->packet;

@@ -7,6 +7,7 @@
 #define CB_STAGED 3 /* 1: the vessel carries a packet that has not been sent */
 #define CB_GENERATION CB_MODE /* split: the flow's generation */
 #define CB_SEGMENT CB_STAGED  /* split: the number of the next segment */
+#define CB_READY CB_OWN       /* P4: come again with a slot */
 #define CB_PARTIAL 4 /* offset of the TCP or UDP header of a CHECKSUM_PARTIAL vessel */
 
 #define LAST 8u    /* added to a step's verdict: nothing is left to do */
@@ -14,6 +15,21 @@
 
 /* A vessel with an open checksum carries only what has its transport header at the same place. */
 static __always_inline bool misfit(u32 mode, u32 l4, const struct held *h) { return (mode & MODE_PARTIAL) && h->l4 != l4; }
+
+/* The kernel's 33 tail calls were not enough. What was sent comes back through the vif and goes on (come_back()); if nothing was, user space runs
+ * `flush`, and the next packet of the flow goes on too. By the flow's owner. */
+static __always_inline void give_up(const struct place *at, struct flow *f, u32 index)
+{
+	bpf_spin_lock(&f->lock);
+	f->owner = 0;
+	f->work = 1;
+	bool alone = !f->in_flight;
+	bpf_spin_unlock(&f->lock);
+	if (alone) {
+		at->count->kicks++;
+		tell(at, EVENT_KICK, 0, index, &f->key, 0, 0, 0);
+	}
+}
 
 int drain(struct __sk_buff *skb)
 {
@@ -170,6 +186,7 @@ int drain(struct __sk_buff *skb)
 		if (verdict == 3) {
 			skb->cb[CB_FLOW] = index;
 			tc_stages.call(skb, STAGE_PASS);
+			give_up(&at, f, index);
 			return VERDICT_DROP;
 		}
 		struct slot *slot = slab.lookup(&out);
@@ -189,17 +206,7 @@ int drain(struct __sk_buff *skb)
 				at.count->lowered++;
 			if (f->key.kind == KIND_TCP)
 				note_timestamps(f, slot, h);
-			u64 ns = (s64)(now - h->since_ns) > 0 ? now - h->since_ns : 0, log = 0; /* the clock was read before the lock was had */
-#pragma unroll
-			for (int s = 5; s >= 0; s--) /* log2 */
-				if (ns >> (1u << s)) {
-					ns >>= 1u << s;
-					log += 1u << s;
-				}
-			waited->bucket[log & 63]++;
-			at.count->unheld_packets++;
-			at.count->released_packets++;
-			at.count->released_bytes += h->len;
+			count_release(&at, waited, h, now);
 			if (h->epoch != f->epoch || at.state == PASSTHROUGH) {
 				matching = 1; /* it moved the stream on */
 				at.count->committed_packets++;
@@ -237,17 +244,7 @@ int drain(struct __sk_buff *skb)
 		skb->cb[CB_OWN] = own;
 		skb->cb[CB_STAGED] = staged;
 		tc_stages.call(skb, STAGE_DRAIN);
-		/* The kernel's 33 tail calls were not enough. What was sent comes back through the vif and goes on (come_back()); if nothing was,
-		 * user space runs `flush`, and the next packet of the flow goes on too. */
-		bpf_spin_lock(&f->lock);
-		f->owner = 0;
-		f->work = 1;
-		bool alone = !f->in_flight;
-		bpf_spin_unlock(&f->lock);
-		if (alone) {
-			at.count->kicks++;
-			tell(&at, EVENT_KICK, 0, index, &f->key, 0, 0, 0);
-		}
+		give_up(&at, f, index);
 	}
 	return staged ? bpf_redirect(vif, BPF_F_INGRESS) : VERDICT_DROP;
 }

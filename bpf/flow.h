@@ -8,36 +8,66 @@
  * - A flow's place in `flows` is never freed, only given another generation under its lock. A program that found the place before that sees the other
  *   generation under the lock and leaves it alone. (Elements of a kernel hash map could be reused under its feet.) */
 
-/* A free slot of the slab, or NONE. Each CPU keeps one for its hooks; nothing on a hook interrupts anything else there. */
+/* A free slot of the slab, or NONE. Each CPU has a magazine of them for its hooks, and one for what user space runs; nothing on a hook interrupts
+ * anything else there. When it is empty it is exchanged for a full one, so CPUs meet at the stacks once in MAGAZINE packets. A magazine belongs to who
+ * took its number off a stack; the stacks' locks order what was written before. */
 static __always_inline u32 take_slot_of(const struct place *at, u32 whose)
 {
-	u32 index;
 	struct scratch *notes = scratch.lookup(&whose);
 	if (!notes)
 		return NONE;
-	if (!notes->spare) {
-		if (free_slots.pop(&index)) {
+	u32 mine = notes->magazine;
+	struct magazine *m = magazines.lookup(&mine);
+	if (!m)
+		return NONE;
+	u32 left = m->count;
+	if (!left) {
+		u32 fresh;
+		if (full_magazines.pop(&fresh)) {
 			drop(at, DROP_NO_SLOT);
 			return NONE;
 		}
-		notes->spare = index + 1;
+		if (mine)
+			empty_magazines.push(&mine, 0);
+		notes->magazine = fresh;
+		m = magazines.lookup(&fresh);
+		if (!m)
+			return NONE;
+		left = m->count;
+		gauge_add(GAUGE_SLOTS_USED, left);
 	}
-	index = *(volatile u32 *)&notes->spare - 1;
-	notes->spare = 0;
-	gauge_add(GAUGE_SLOTS_USED, 1);
-	return index;
+	m->count = left - 1;
+	BOUND(left, MAGAZINE);
+	return m->at[left];
 }
 
 static __always_inline void give_slot_of(u32 whose, u32 index)
 {
 	struct scratch *notes = scratch.lookup(&whose);
-	if (index >= MAX_SLOTS)
+	if (index >= MAX_SLOTS || !notes)
 		return;
-	if (notes && !notes->spare && whose == SCRATCH_HOOK)
-		notes->spare = index + 1;
-	else
-		free_slots.push(&index, 0);
-	gauge_add(GAUGE_SLOTS_USED, -1);
+	u32 mine = notes->magazine;
+	struct magazine *m = magazines.lookup(&mine);
+	if (!m)
+		return;
+	u32 have = m->count;
+	if (!mine || have >= MAGAZINE) {
+		u32 empty;
+		if (empty_magazines.pop(&empty)) /* never: SPARE_MAGAZINES */
+			return;
+		if (mine) {
+			full_magazines.push(&mine, 0);
+			gauge_add(GAUGE_SLOTS_USED, -(s64)have);
+		}
+		notes->magazine = empty;
+		m = magazines.lookup(&empty);
+		if (!m)
+			return;
+		have = 0;
+	}
+	m->count = ++have;
+	BOUND(have, MAGAZINE);
+	m->at[have] = index;
 }
 
 static __always_inline u32 take_slot(const struct place *at) { return take_slot_of(at, SCRATCH_HOOK); }
@@ -172,6 +202,10 @@ static __always_inline void s_unlink_head(struct flow *f, struct held_table *t)
 
 static __always_inline bool same_flow(const struct flow *f, u32 generation) { return (f->flags & FLOW_LIVE) && f->generation == generation; }
 
+/* When a packet may go its own way without overtaking one of its flow that is still between its release and the vif. Under the lock. (Signed: `now`
+ * may be the coarse clock's, which lags behind the fine one by up to a tick.) */
+static __always_inline bool may_pass(const struct flow *f, u64 now) { return !f->in_flight || (s64)(now - f->emit_ns) > (s64)EMIT_STALE_NS; }
+
 static __always_inline u64 idle_limit(const struct flow *f)
 {
 	if (f->key.kind != KIND_TCP)
@@ -201,7 +235,7 @@ static __always_inline bool reclaim(u32 index, u64 now)
 		return false;
 	bpf_spin_lock(&f->lock);
 	if ((f->flags & FLOW_LIVE) && !f->owner && !f->p_count && !f->s_count && (s64)(now - f->last_ns) > (s64)idle_limit(f) &&
-	    (!f->in_flight || now - f->emit_ns > EMIT_STALE_NS)) {
+	    may_pass(f, now)) {
 		f->flags = 0;
 		gone = true;
 	}
@@ -248,7 +282,7 @@ static __always_inline bool make_flow(const struct place *at, struct flow_key *k
 		*top = index + 1;
 	bpf_spin_lock(&f->lock);
 	u32 generation = f->generation + 1;
-	__builtin_memset(&f->key, 0, sizeof(*f) - __builtin_offsetof(struct flow, key));
+	__builtin_memset(&f->flags, 0, sizeof(*f) - __builtin_offsetof(struct flow, flags));
 	f->generation = generation;
 	__builtin_memcpy(&f->key, key, sizeof(*key));
 	f->flags = FLOW_LIVE;
@@ -287,8 +321,6 @@ static __always_inline bool find_flow(struct flow_key *key, struct flow_ref *ref
 	return true;
 }
 
-/* When a packet may go its own way without overtaking one of its flow that is still between its release and the vif. Under the lock. */
-static __always_inline bool may_pass(const struct flow *f, u64 now) { return !f->in_flight || now - f->emit_ns > EMIT_STALE_NS; }
 
 /* A release puts packets into the backlog of one CPU (by their hash); two releasing CPUs keep their order only one after the other. Under the lock. */
 static __always_inline bool may_emit(const struct flow *f, u32 cpu, u64 now) { return may_pass(f, now) || f->emit_cpu == cpu; }

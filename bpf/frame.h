@@ -36,8 +36,12 @@ static __always_inline bool place_of(struct place *at, struct nic *nic)
 	u64 word = *(volatile u64 *)pair, deadline = *(volatile u64 *)&pair->deadline_ns;
 	at->state = (u32)word;
 	at->epoch = word >> 32;
-	if (deadline && bpf_ktime_get_ns() > deadline) /* the lease ran out: no process has to run for this */
-		at->state = HALTED;
+	u64 open_after = *(volatile u64 *)&pair->open_after_ns;
+	/* No process has to run for either. The lease by the fine clock: after a pause of the whole machine the coarse one stands still until the next tick. */
+	if (deadline && bpf_ktime_get_ns() > deadline)
+		at->state = HALTED ^ *(volatile u32 *)&pair->zero; /* a constant would double the ways that the verifier follows */
+	else if (open_after && bpf_ktime_get_coarse_ns() > open_after && nic->role == ROLE_PRIMARY && (at->state == LOCKSTEP || at->state == CHECKPOINTING))
+		at->state = PASSTHROUGH ^ *(volatile u32 *)&pair->zero;
 	return true;
 }
 
@@ -54,9 +58,21 @@ static __always_inline struct scratch *fresh_scratch(const struct place *at)
 	return s;
 }
 
+/* The NIC whose vif this is. A hint says where it was found last: that and a look whether it is still there cost a tenth of a search in the hash map. */
 static __always_inline bool place_of_vif(struct place *at, u32 ifindex)
 {
-	return place_of(at, nics.lookup(&ifindex));
+	u32 bucket = ifindex & (VIF_HINTS - 1), *hint = vif_hints.lookup(&bucket);
+	if (!hint)
+		return false;
+	u32 id = *hint;
+	struct nic *nic = nic_by_id.lookup(&id);
+	if (!nic || nic->vif != ifindex) {
+		nic = nics.lookup(&ifindex);
+		if (!nic)
+			return false;
+		id = *hint = nic->id;
+	}
+	return place_of(at, nic_by_id.lookup(&id)); /* looked up once more, or the verifier would follow both ways to the end */
 }
 
 static __always_inline bool place_of_id(struct place *at, u32 id)

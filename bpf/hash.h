@@ -10,7 +10,7 @@ static __always_inline u64 word_hash(const u64 *key, u64 w)
 	return key[0] * (u32)w + key[1] * (w >> 32);
 }
 
-/* The same of the 8 bytes at `w`, in two loads: without the shifts a 64-byte round has no spills in BPF's ten registers. */
+/* The same of the 8 bytes at `w`, in two loads: without the shifts a round has no spills in BPF's ten registers. */
 static __always_inline u64 bytes_hash(const u64 *key, const u64 *w)
 {
 	const u32 *half = (const u32 *)w;
@@ -47,25 +47,36 @@ static __always_inline u64 range_hash(const struct hash_keys *keys, const struct
 	u32 mask = stream ? STREAM_WORDS - 1 : DGRAM_WORDS - 1;
 #pragma nounroll
 	for (int i = 0; i < HASH_ROUNDS; i++) {
-		if (words < 8)
+		if (words < 16)
 			break;
-		w = known_at(v, here, 64);
+		w = known_at(v, here, 128);
 		if (!w)
 			break;
 		u32 at_word = word & mask;
 		BOUND(at_word, DGRAM_WORDS - 1);
 		const u64 *k = table + at_word;
-		a += bytes_hash(k, w + 0);
-		b += bytes_hash(k + 2, w + 1);
-		a += bytes_hash(k + 4, w + 2);
-		b += bytes_hash(k + 6, w + 3);
-		a += bytes_hash(k + 8, w + 4);
-		b += bytes_hash(k + 10, w + 5);
-		a += bytes_hash(k + 12, w + 6);
-		b += bytes_hash(k + 14, w + 7);
+#pragma unroll
+		for (int j = 0; j < 16; j += 2) {
+			a += bytes_hash(k + 2 * j, w + j);
+			b += bytes_hash(k + 2 * j + 2, w + j + 1);
+			asm volatile("" ::: "memory"); /* or clang reads ahead, and spills */
+		}
+		here += 128;
+		word += 32;
+		words -= 16;
+	}
+	if (words & 8) {
+		w = known_at(v, here, 64);
+		if (w) {
+			const u64 *k = keys_at(keys, word, stream);
+#pragma unroll
+			for (int j = 0; j < 8; j += 2) {
+				a += bytes_hash(k + 2 * j, w + j);
+				b += bytes_hash(k + 2 * j + 2, w + j + 1);
+			}
+		}
 		here += 64;
 		word += 16;
-		words -= 8;
 	}
 	if (words & 4) {
 		w = known_at(v, here, 32);

@@ -1,5 +1,26 @@
 /* The forward link, on either host: finds out which guest NIC a frame belongs to, before P3 or S1 (XDP) and P4 or S1's delivery (tc). */
 
+/* A heartbeat of the other host's service: noted for ours, and nobody else's. False: it is none. */
+static __always_inline bool note_beat(const struct xdp_md *ctx, u32 id)
+{
+	u8 *eth = (void *)(long)ctx->data;
+	void *end = (void *)(long)ctx->data_end;
+	struct fwd_beat *beat = fwd_beats.lookup(&id);
+
+	if (!beat || (void *)eth + 14 + 5 + 16 + 8 > end || be16_at(eth + 12) != ETH_P_BEAT || be32_at(eth + 14) != BEAT_MAGIC || eth[18] != BEAT_VERSION)
+		return false;
+	const u64 *cookie = (void *)(eth + 19);
+	if ((cookie[0] ^ beat->expect[0]) | (cookie[1] ^ beat->expect[1]) || !(beat->expect[0] | beat->expect[1])) {
+		beat->strangers++;
+		return true;
+	}
+	beat->cookie[0] = cookie[0];
+	beat->cookie[1] = cookie[1];
+	beat->counter = (u64)be32_at(eth + 35) << 32 | be32_at(eth + 39);
+	beat->last_ns = bpf_ktime_get_ns();
+	return true;
+}
+
 /* XDP on fwd. A shared device has a VLAN tag per NIC, which comes off here; on a dedicated one (VLAN 0) every frame is the NIC's, tags and all. */
 int link_arrive(struct xdp_md *ctx)
 {
@@ -24,6 +45,8 @@ int link_arrive(struct xdp_md *ctx)
 	}
 	struct place at;
 	if (!place_of_id(&at, *id))
+		return XDP_DROP;
+	if (note_beat(ctx, at.nic->id))
 		return XDP_DROP;
 	if (bpf_xdp_adjust_meta(ctx, -(int)sizeof(struct arrival))) {
 		drop(&at, DROP_NO_METADATA);
@@ -53,6 +76,7 @@ int link_deliver(struct __sk_buff *skb)
 
 	if ((void *)(a + 1) > (void *)(long)skb->data)
 		return VERDICT_DROP;
-	tc_stages.call(skb, a->type ? STAGE_P4 : STAGE_S1); /* only P3 says what type of record it is */
+	skb->cb[CB_READY] = 0;
+	tc_stages.call(skb, !a->type ? STAGE_S1 : a->type <= HELD_ACK ? STAGE_P4 : STAGE_P4_DATAGRAM); /* only P3 says what type of record it is */
 	return VERDICT_DROP;
 }

@@ -77,6 +77,8 @@ static __always_inline bool parse_ip4(const struct view *v, struct packet *p, u3
 	p->key.guest[3] = *(u32 *)(h + (input ? 16 : 12));
 	p->key.remote[3] = *(u32 *)(h + (input ? 12 : 16));
 	if (frag & 0x3fff) { /* MF or an offset */
+		if (head != 20) /* the fragments of one datagram may differ in their options */
+			return false;
 		p->key.kind = KIND_FRAGMENT;
 		p->key.proto = h[9];
 		p->frag_id = be16_at(h + 4);
@@ -113,6 +115,8 @@ static __always_inline bool parse_ip6(const struct view *v, struct packet *p, u3
 		if (next == IPPROTO_FRAGMENT) {
 			u32 frag = be16_at(e + 2);
 			if (frag & 0xfff9) { /* an atomic fragment (RFC 6946) is a whole datagram */
+				if (off != p->l3 + 40)
+					return false;
 				p->key.kind = KIND_FRAGMENT;
 				p->key.proto = e[0];
 				p->frag_id = be32_at(e + 4);
@@ -122,6 +126,7 @@ static __always_inline bool parse_ip6(const struct view *v, struct packet *p, u3
 				p->length = left - 8;
 				return p->length != 0;
 			}
+			p->atomic = off;
 			len = 8;
 		} else if (next == IPPROTO_AH) {
 			len = (e[1] + 2) * 4;

@@ -161,6 +161,30 @@ static __always_inline void watch_flow(const struct place *at, struct flow *f, s
 	}
 }
 
+/* What a packet of this host's own making needs. Written only if it is new: the line is the other CPU's too. */
+static __always_inline void note_sender(struct flow *f, u32 hash, const u8 *eth)
+{
+	if (f->hash != hash)
+		f->hash = hash;
+	if (*(u16 *)f->remote_mac != *(u16 *)eth || *(u32 *)(f->remote_mac + 2) != *(u32 *)(eth + 2))
+		__builtin_memcpy(f->remote_mac, eth, 6);
+	if (*(u16 *)f->guest_mac != *(u16 *)(eth + 6) || *(u32 *)(f->guest_mac + 2) != *(u32 *)(eth + 8))
+		__builtin_memcpy(f->guest_mac, eth + 6, 6);
+}
+
+/* Is something of the flow still held, or on its way out? What comes now has to stay behind it. */
+static __always_inline bool holds(const struct flow_ref *ref, u64 now)
+{
+	u32 index = ref->index;
+	struct flow *f = flows.lookup(&index);
+	if (!f)
+		return false;
+	bpf_spin_lock(&f->lock);
+	bool any = same_flow(f, ref->generation) && (f->p_count || f->owner || !may_pass(f, now));
+	bpf_spin_unlock(&f->lock);
+	return any;
+}
+
 /* Links record `index` into its flow, or finds that the packet may pass. */
 static __always_inline u32 p_take(struct flow *f, struct held_table *t, const struct place *at, const struct flow_ref *ref, u32 index, u64 now, u32 kind,
 				  bool single, u32 *ack, u16 *win, u32 *used)
@@ -233,6 +257,7 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 /* P2, tc ingress of the vif: the PVM's output. */
 int p2_output(struct __sk_buff *skb)
 {
+	u32 zero = 0;
 	struct place at;
 
 	if (!place_of_vif(&at, skb->ifindex))
@@ -241,7 +266,7 @@ int p2_output(struct __sk_buff *skb)
 		return come_back(skb, &at);
 	at.count->output_packets++;
 	at.count->output_bytes += skb->len;
-	if (at.state == UNPROTECTED || at.state == SYNCING || (at.state == PASSTHROUGH && !gauge(GAUGE_SLOTS_USED))) {
+	if (at.state == UNPROTECTED || at.state == SYNCING) {
 		at.count->unprotected++;
 		return VERDICT_PASS;
 	}
@@ -255,7 +280,7 @@ int p2_output(struct __sk_buff *skb)
 		watch_slab(&at);
 		return VERDICT_DROP; /* the newest is refused, never one that was accepted */
 	}
-	u64 now = bpf_ktime_get_ns();
+	u64 now = bpf_ktime_get_coarse_ns();
 	struct slot *slot = slab.lookup(&index);
 	if (!slot)
 		return VERDICT_DROP;
@@ -293,7 +318,16 @@ int p2_output(struct __sk_buff *skb)
 	why = DROP_TOO_LONG;
 	if (!v.part && len != skb->len + tagged) /* longer than a slot: can't be held, so it can't be taken */
 		goto refuse;
-	if (!find_flow(&p->key, ref) && !make_flow(&at, &p->key, ref, now)) {
+	struct hash_keys *keys = hash_keys.lookup(&zero);
+	if (!keys || !note_extra(notes, &v, keys, len))
+		goto refuse;
+	bool known = find_flow(&p->key, ref);
+	if (at.state == PASSTHROUGH && (!known || !holds(ref, now))) {
+		give_slot(index);
+		at.count->unprotected++;
+		return VERDICT_PASS;
+	}
+	if (!known && !make_flow(&at, &p->key, ref, now)) {
 		give_slot(index);
 		return VERDICT_DROP; /* make_flow() has counted it */
 	}
@@ -301,9 +335,7 @@ int p2_output(struct __sk_buff *skb)
 	why = DROP_FLOW_RACE;
 	if (!f)
 		goto refuse;
-	f->hash = skb->hash;
-	__builtin_memcpy(f->guest_mac, eth + 6, 6);
-	__builtin_memcpy(f->remote_mac, eth, 6);
+	note_sender(f, skb->hash, eth);
 	if (v.part) {
 		give_slot(index);
 		skb->cb[CB_FLOW] = ref->index;
@@ -346,6 +378,8 @@ int hold(struct __sk_buff *skb)
 	struct held *h = record(t, index);
 	struct view v = {.data = slot->byte, .len = len, .slot = true};
 	u64 now = notes->now; /* P2 has just read the clock */
+	if (f->s_head == NONE) /* it will be held, and for how long is counted: a finer clock, which takes 30 ns to read */
+		now = notes->now = bpf_ktime_get_ns();
 	describe(h, notes, &v, keys, at.epoch, now);
 	h->len = len;
 	h->hash = f->hash;
@@ -503,7 +537,7 @@ int p3_arrive(struct xdp_md *ctx)
 	/* Fresh pointers: what the verifier knows of the old ones depends on the way through parse(), and it would follow each of them. */
 	v.data = (void *)(long)ctx->data;
 	v.end = (void *)(long)ctx->data_end;
-	if (!describe(h, notes, &v, keys, at.epoch, now)) {
+	if (!note_extra(notes, &v, keys, len) || !describe(h, notes, &v, keys, at.epoch, now)) {
 		drop(&at, DROP_TOO_LONG);
 		return XDP_DROP;
 	}
@@ -539,8 +573,23 @@ static __always_inline void load_sack(struct __sk_buff *skb, struct scratch *not
 	}
 }
 
-static __always_inline u32 s_take(struct flow *f, struct held_table *t, const struct place *at, u32 generation, const struct held *s, u64 now,
-				  const struct scratch *notes, u32 *used)
+/* Parks the SVM's record `index`: the PVM hasn't come that far. */
+static __always_inline u32 s_park(struct flow *f, struct held_table *t, const struct held *s, u32 index)
+{
+	if (!s_insert(f, t, index))
+		return TAKE_SWALLOW;
+	if (f->owner) {
+		f->work = 1;
+	} else if (f->p_count && (s->type <= HELD_ACK ? !(f->flags & FLOW_DIVERGED) : releasable(f, record(t, f->p_head)))) {
+		f->owner = 1;
+		return TAKE_DRAIN | TAKE_PARKED;
+	}
+	return TAKE_SWALLOW | TAKE_PARKED;
+}
+
+/* `index`: a slot for it with the record filled in, or NONE: TAKE_STORE then asks for one. With TAKE_PARKED it is linked. */
+static __always_inline u32 s_take(struct flow *f, struct held_table *t, const struct place *at, u32 generation, const struct held *s, u32 index, u64 now,
+				  const struct scratch *notes, u32 *used, struct release *out, bool stream)
 {
 	u32 take = TAKE_SWALLOW;
 	bool low = slab_low();
@@ -549,12 +598,12 @@ static __always_inline u32 s_take(struct flow *f, struct held_table *t, const st
 	low = forget_here(f, low);
 	if (same_flow(f, generation)) {
 		f->last_ns = now;
-		if (behind(f, at->epoch) && !f->owner && (s->type > HELD_ACK || (!f->p_count && !f->s_count)))
+		if (behind(f, at->epoch) && !f->owner && (!stream || (!f->p_count && !f->s_count)))
 			rebase(f, at->epoch);
 		if ((s32)(f->epoch - at->epoch) > 0) {
 			take = TAKE_SWALLOW; /* a commit came while this one was on its way: it is the old SVM's */
-		} else if (s->type > HELD_ACK) {
-			take = s_take_datagram(f, t, s, used);
+		} else if (!stream) {
+			take = s_take_datagram(f, t, s, now, used, out);
 			if (take == TAKE_STORE && low)
 				take = TAKE_FULL;
 			if (take == TAKE_SWALLOW)
@@ -564,17 +613,66 @@ static __always_inline u32 s_take(struct flow *f, struct held_table *t, const st
 		} else if (f->epoch != at->epoch) {
 			take = low ? TAKE_FULL : TAKE_STORE; /* a commit is not through for this flow yet; the owner sorts it out */
 		} else {
-			if (s->flags & HELD_ACKS)
+			if ((s->flags & HELD_ACKS) && (notes->sack[0] | notes->sack[1] | f->s_sack[0] | f->s_sack[1])) /* neither has blocks as a rule */
 				__builtin_memcpy(f->s_sack, notes->sack, sizeof(f->s_sack));
-			take = s_take_stream(f, t, s, low);
+			take = s_take_stream(f, t, s, low, now, out);
 		}
+		if (take == TAKE_STORE && index != NONE)
+			take = s_park(f, t, s, index);
 	}
 	bpf_spin_unlock(&f->lock);
 	return take;
 }
 
-/* P4, tc ingress of fwd: the SVM's packet proves what is held, or is parked because it is ahead. No frame goes on from here to the stack. */
-int p4_prove(struct __sk_buff *skb)
+/* The SVM's packet proved the PVM's first record and nothing else, which is unlinked: the same bytes from the same position on. So only the head is
+ * overwritten; the payload stays. */
+static __always_inline int release_twin(struct __sk_buff *skb, const struct place *at, struct scratch *notes, struct flow *f, struct held_table *t, u32 flow,
+					const struct held *s, const struct release *out)
+{
+	u32 index = out->index, id = at->nic->id;
+	struct slot *slot = slab.lookup(&index);
+	struct held *h = record(t, index);
+	struct histogram *waited = holding.lookup(&id);
+	if (!slot || !waited)
+		return VERDICT_DROP;
+	count_release(at, waited, h, notes->now);
+	at->count->compared_packets++;
+	at->count->compared_bytes += h->len - h->payload;
+	note_timestamps(f, slot, h);
+	if ((h->flags & HELD_ACKS) && (h->ack != out->ack || h->win != out->win)) {
+		lower(slot, h, out->ack, out->win);
+		at->count->lowered++;
+	}
+	u32 head = h->payload, len = h->len;
+	bool sent;
+	bool ported = f->key.kind == KIND_TCP || f->key.kind == KIND_UDP; /* what isn't compared is all in front of the payload */
+	if (ported && !skb->vlan_present && head == s->payload && head && skb->len >= len) {
+		head -= 1; /* never zero: the helper's demand */
+		BOUND(head, SLOT_BYTES - 1);
+		head += 1;
+		sent = (skb->len == len || !bpf_skb_change_tail(skb, len, 0)) && !bpf_skb_store_bytes(skb, 0, slot->byte, head, 0);
+		if (sent)
+			dress(skb, at, h, flow, f->generation);
+	} else {
+		sent = load_vessel(skb, at, slot, h, flow, f->generation, false);
+	}
+	give_slot(index);
+	if (!sent)
+		drop(at, DROP_EMIT);
+	if (out->more) { /* this program is the flow's owner */
+		skb->cb[CB_FLOW] = flow;
+		skb->cb[CB_MODE] = 0;
+		skb->cb[CB_OWN] = 0;
+		skb->cb[CB_STAGED] = sent;
+		skb->cb[CB_PARTIAL] = 0;
+		tc_stages.call(skb, STAGE_DRAIN);
+	}
+	return sent ? bpf_redirect(at->nic->vif, BPF_F_INGRESS) : VERDICT_DROP;
+}
+
+/* P4, tc ingress of fwd: the SVM's packet proves what is held, or is parked because it is ahead. No frame goes on from here to the stack. Two programs,
+ * for what is a piece of a `stream` and for what isn't: the verifier could not follow both in one. */
+static __always_inline int prove_packet(struct __sk_buff *skb, bool stream)
 {
 	struct arrival *a = (void *)(long)skb->data_meta;
 	u32 zero = 0, used = NONE, index = NONE;
@@ -595,7 +693,7 @@ int p4_prove(struct __sk_buff *skb)
 	struct scratch *notes = scratch.lookup(&zero);
 	if (!notes)
 		return VERDICT_DROP;
-	u64 now = notes->now = bpf_ktime_get_ns();
+	u64 now = notes->now = bpf_ktime_get_coarse_ns();
 	s.next = NONE;
 	s.flow = flow;
 	s.digest = a->digest;
@@ -603,80 +701,81 @@ int p4_prove(struct __sk_buff *skb)
 	s.end = a->from + a->length;
 	s.start = a->type == HELD_FRAGMENT ? a->start : a->from;
 	s.type = a->type;
+	if (stream != (s.type <= HELD_ACK))
+		return VERDICT_DROP; /* never: bpf/link.c chooses by the type */
 	u32 a_sack = a->start;
 	s.flags = a->flags;
 	s.l4 = a->l4;
 	s.payload = a->payload;
 	s.since_ns = now;
 	s.epoch = at.epoch;
-	if (s.type == HELD_FRAGMENT) { /* its record sums the datagram up: bytes so far, and the length once it is known */
+	if (!stream && s.type == HELD_FRAGMENT) { /* its record sums the datagram up: bytes so far, and the length once it is known */
 		s.from = a->length;
 		s.ack = s.flags & HELD_LAST ? s.end : 0;
 		if (s.ack && s.ack == s.from)
 			s.flags |= HELD_WHOLE;
 	}
-	if (s.flags & HELD_ACKS) {
+	if (stream && (s.flags & HELD_ACKS)) {
 		u32 off_tag = skb->vlan_present ? 4 : 0, off = s.l4 - off_tag;
-		struct {
-			u32 ack;
-			u16 flags;
-			u16 win;
-		} tcp;
-		if (bpf_skb_load_bytes(skb, off + 8, &tcp, 8))
+		u32 *tcp = notes->cell; /* ACK, then flags and window; by way of the map, see forget() */
+		BOUND(off, MAX_FRAME);
+		u32 *there = (void *)(long)skb->data + off + 8;
+		if ((void *)(there + 2) <= (void *)(long)skb->data_end) {
+			tcp[0] = there[0];
+			tcp[1] = there[1];
+		} else if (bpf_skb_load_bytes(skb, off + 8, tcp, 8)) {
 			return VERDICT_DROP;
-		s.ack = bpf_ntohl(tcp.ack);
-		s.win = bpf_ntohs(tcp.win);
+		}
+		s.ack = bpf_ntohl(*(volatile u32 *)tcp);
+		s.win = bpf_ntohl(*(volatile u32 *)(tcp + 1)) & 0xffff;
 		load_sack(skb, notes, a_sack, off_tag);
 	}
-	u32 take = s_take(f, t, &at, generation, &s, now, notes, &used);
-	if (take == TAKE_STORE) {
+	/* Is the SVM ahead, as far as can be seen without the lock? Then a slot is made ready, and the lock is needed once. */
+	bool ready = s.type != HELD_ACK && (skb->cb[CB_READY] || (stream ? f->p_next : f->p_head) == NONE);
+	if (ready) {
 		index = take_slot(&at);
-		if (index == NONE) {
-			watch_slab(&at);
-			return VERDICT_DROP;
-		}
 		struct slot *slot = slab.lookup(&index);
-		if (!slot)
-			return VERDICT_DROP;
-		s.len = s.type == HELD_DATA ? load_slot(skb, slot) : 0; /* only of a stream are the bytes needed again */
-		bool linked = false;
-		*record(t, index) = s;
-		take = TAKE_SWALLOW;
-		bpf_spin_lock(&f->lock);
-		if (same_flow(f, generation)) {
-			/* Since the lock was open the PVM's twin may have come and found nothing here: look again before parking. */
-			if (s.type > HELD_ACK)
-				take = s_take_datagram(f, t, &s, &used);
-			else if (s.type != HELD_DATA || f->epoch != s.epoch || !(f->flags & FLOW_BASED) || seq_lt(f->matched, s.end))
-				take = TAKE_STORE;
-			if (take == TAKE_STORE) {
-				take = TAKE_SWALLOW;
-				linked = s_insert(f, t, index);
-				if (linked && f->owner) {
-					f->work = 1;
-				} else if (linked && f->p_count && (s.type <= HELD_ACK ? !(f->flags & FLOW_DIVERGED) : releasable(f, record(t, f->p_head)))) {
-					f->owner = 1;
-					take = TAKE_DRAIN;
-				}
-			}
+		if (slot) {
+			s.len = s.type == HELD_DATA ? load_slot(skb, slot) : 0; /* only of a stream are the bytes needed again */
+			*record(t, index) = s;
 		}
-		bpf_spin_unlock(&f->lock);
-		if (!linked) {
-			give_slot(index);
-			at.count->svm_swallowed++;
-		} else {
-			at.count->svm_parked++;
+	}
+	index = forget(notes, 4, index);
+	s.len = forget(notes, 5, s.len);
+	struct release *out = &notes->release;
+	out->cpu = bpf_get_smp_processor_id();
+	u32 take = s_take(f, t, &at, generation, &s, index, now, notes, &used, out, stream);
+	take = forget(notes, 6, take);
+	used = forget(notes, 7, used);
+	if (take == TAKE_STORE) {
+		if (ready) { /* no slot is left */
 			watch_slab(&at);
+			return VERDICT_DROP;
 		}
-	} else if (take == TAKE_FULL) {
-		drop(&at, DROP_FIFO_FULL);
+		skb->cb[CB_READY] = 1; /* it isn't ahead: once more, with a slot */
+		tc_stages.call(skb, stream ? STAGE_P4 : STAGE_P4_DATAGRAM);
+		return VERDICT_DROP;
+	}
+	if (take & TAKE_PARKED) {
+		take &= ~TAKE_PARKED;
+		at.count->svm_parked++;
+		watch_slab(&at);
 	} else {
-		at.count->svm_swallowed++;
+		if (index != NONE)
+			give_slot(index);
+		if (take == TAKE_FULL)
+			drop(&at, DROP_FIFO_FULL);
+		else
+			at.count->svm_swallowed++;
 	}
 	if (used != NONE) {
 		at.count->svm_unparked++;
 		give_slot(used);
 	}
+	if (take == TAKE_RELEASE || take == TAKE_PARTIAL || take == TAKE_DRAIN)
+		notes->now = bpf_ktime_get_ns(); /* the finer clock: how long it was held is counted */
+	if (take == TAKE_RELEASE)
+		return release_twin(skb, &at, notes, f, t, flow, &s, out);
 	if (take == TAKE_PARTIAL) {
 		skb->cb[CB_FLOW] = flow;
 		tc_stages.call(skb, STAGE_PARTIAL);
@@ -691,3 +790,6 @@ int p4_prove(struct __sk_buff *skb)
 	}
 	return VERDICT_DROP;
 }
+
+int p4_prove(struct __sk_buff *skb) { return prove_packet(skb, true); }
+int p4_datagram(struct __sk_buff *skb) { return prove_packet(skb, false); }

@@ -122,6 +122,10 @@ static __always_inline int split_packet(struct __sk_buff *skb, u32 kind, int bat
 		l4 = p->l4;
 		sack = h->sack;
 		u32 take = p_take(f, t, &at, &ref, index, now, kind, false, &ack, &win, &used);
+		used = forget(notes, 0, used);
+		take = forget(notes, 1, take);
+		l4 = forget(notes, 2, l4);
+		sack = forget(notes, 3, sack);
 		if (used != NONE) {
 			at.count->svm_unparked++;
 			give_slot(used);
@@ -167,6 +171,7 @@ static __always_inline int split_packet(struct __sk_buff *skb, u32 kind, int bat
 		skb->cb[CB_STAGED] = 0;
 		skb->cb[CB_PARTIAL] = l4;
 		tc_stages.call(skb, STAGE_DRAIN);
+		give_up(&at, f, ref.index);
 	}
 	watch_flow(&at, f, t, ref.index, now);
 	return VERDICT_DROP;
@@ -177,8 +182,8 @@ int split(struct __sk_buff *skb)
 	return split_packet(skb, KIND_TCP, GSO_BATCH, STAGE_SPLIT);
 }
 
-/* UDP with segmentation offload (UDP_SEGMENT, virtio's USO): up to some 30 segments, the rest is refused and counted. */
+/* UDP with segmentation offload (UDP_SEGMENT, virtio's USO): 64 segments at most (UDP_MAX_SEGMENTS). */
 int split_udp(struct __sk_buff *skb)
 {
-	return split_packet(skb, KIND_UDP, 1, STAGE_SPLIT_UDP);
+	return split_packet(skb, KIND_UDP, GSO_BATCH_UDP, STAGE_SPLIT_UDP);
 }

@@ -8,7 +8,10 @@ enum take {
 	TAKE_FULL,    /* the flow's list is full: the newest is refused */
 	TAKE_STORE,   /* P4: needs a slot, come again with one */
 	TAKE_SWALLOW, /* P4: tells nothing new */
+	TAKE_RELEASE, /* P4: the PVM's first packet is proven and unlinked, this program must send it (struct release) */
+	TAKE_PARKED = 16, /* P4: its record is linked; beside one of the others */
 };
+
 
 /* What was found wrong; told after the lock is open. */
 struct finding {
@@ -293,8 +296,30 @@ static __always_inline bool partly_matched(const struct flow *f, const struct he
 	       seq_lt(h->start, f->matched) && seq_lt(f->matched, h->end) && (!(h->flags & HELD_ACKS) || (f->flags & FLOW_S_ACK));
 }
 
+/* The PVM's first record `p` is just proven, by a flow without owner: it is unlinked and the caller's to send. */
+static __always_inline u32 release_first(struct flow *f, struct held_table *t, const struct held *p, u64 now, struct release *out, bool stream)
+{
+	u32 ack = 0;
+	u16 win = 0;
+
+	account_release(f, p, &ack, &win);
+	out->ack = ack;
+	out->win = win;
+	out->index = f->p_head;
+	p_unlink_head(f, t);
+	f->in_flight++;
+	f->emit_cpu = out->cpu;
+	f->emit_ns = now;
+	struct held *next = record(t, f->p_head);
+	out->more = f->work || (f->p_head != NONE && releasable(f, next));
+	if (stream) /* behind it may be what the PVM sent twice, which only matching finds */
+		out->more |= owes_ack(f) || f->p_next != f->p_head || (f->p_head != NONE && repeats(f, next));
+	f->owner = out->more;
+	return TAKE_RELEASE;
+}
+
 /* An SVM packet, not stored yet. */
-static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, const struct held *s, bool low)
+static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, const struct held *s, bool low, u64 now, struct release *out)
 {
 	note_svm_ack(f, s);
 	lower_base(f, s);
@@ -312,7 +337,7 @@ static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, c
 	if (!f->owner && !f->s_count && f->p_next != NONE) {
 		struct held *p = record(t, f->p_next);
 		if (!(p->flags & HELD_PROVEN) && same_piece(f, p, s)) {
-			u32 end = p->end;
+			u32 end = p->end, next = f->p_next;
 			end_piece(f, p, s->from);
 			if (p->type == HELD_DATA) {
 				prove_stream(f, p, end);
@@ -320,6 +345,8 @@ static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, c
 				prove(f, p);
 				f->p_next = p->next;
 			}
+			if (p->type == HELD_DATA && f->p_head == next && !p->sack && releasable(f, p) && may_emit(f, out->cpu, now))
+				return release_first(f, t, p, now, out, true);
 			f->owner = 1;
 			return TAKE_DRAIN;
 		}

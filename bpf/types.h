@@ -4,11 +4,13 @@ enum pair_state { UNPROTECTED, SYNCING, LOCKSTEP, CHECKPOINTING, PASSTHROUGH, PR
 enum role { ROLE_PRIMARY = 1, ROLE_SECONDARY = 2 };
 enum policy { POLICY_PASS, POLICY_COMPARE, POLICY_DROP };
 
-/* One write of 8 bytes changes state and epoch together; `deadline_ns` is the end of the right to speak (CLOCK_MONOTONIC). */
+/* One write of 8 bytes changes state and epoch together; times are CLOCK_MONOTONIC's. */
 struct pair {
-	u32 state;       /* enum pair_state */
-	u32 epoch;       /* counts checkpoints; on a secondary it dates the TCP translations */
-	u64 deadline_ns; /* 0: no lease */
+	u32 state;         /* enum pair_state */
+	u32 epoch;         /* counts checkpoints; on a secondary it dates the TCP translations */
+	u64 deadline_ns;   /* end of the right to speak; 0: no lease */
+	u64 open_after_ns; /* the service is gone, and its policy is to go on without protection, once this has passed; 0: to hold */
+	u64 zero;          /* always 0, which the verifier doesn't know */
 };
 
 /* A guest's NIC on this host, by the ifindex of its vif. */
@@ -62,6 +64,7 @@ struct flow_key {
 	u16 vlan[2]; /* the guest's own tags, outer first: TAG_PRESENT | TAG_AD | id */
 	u32 guest[4]; /* IPv4 as ::ffff:a.b.c.d, network order */
 	u32 remote[4];
+	u32 extra; /* hash of IPv4 options or IPv6 extension headers, 0 without: output that differs in them is of different flows, and waits */
 };
 
 struct flow_ref {
@@ -98,6 +101,14 @@ enum held_type { HELD_DATA = 1, HELD_SYN, HELD_RST, HELD_ACK, HELD_DATAGRAM, HEL
 #define HELD_DOUBLE 16u   /* fragment that came twice: not counted */
 #define HELD_ACKS 32u     /* has the ACK flag: `ack` counts */
 
+/* Free slots, a handful: what CPUs keep for themselves, and what they exchange. */
+struct magazine {
+	union {
+		u32 count;
+		u32 at[MAGAZINE + 1]; /* slots in at[1] to at[count]: an index that the verifier can bound by a mask */
+	};
+};
+
 struct held_table {
 	struct held at[MAX_SLOTS];
 };
@@ -106,26 +117,22 @@ struct slot {
 	u8 byte[SLOT_BYTES + SLOT_PAD];
 };
 
-/* All that is known of one flow; everything behind `lock` is read and written under it (bpf/flow.h says what the owner may do without). */
+/* All that is known of one flow; everything behind `lock` is read and written under it (bpf/flow.h says what the owner may do without). The CPUs of
+ * P2 and P4 pass the first two cache lines of 64 bytes back and forth; what changes seldom is behind them. */
 struct flow {
 	struct bpf_spin_lock lock;
 	u32 generation;
-	struct flow_key key;
 	u32 flags; /* FLOW_* */
-	u64 last_ns;
 	u32 epoch; /* that this flow has been brought to */
+	u64 last_ns;
 	/* lock-step, on the primary */
 	u32 owner;      /* a program is matching and releasing: others only append, and set `work` */
 	u32 work;
-	u32 in_flight;  /* released, not yet seen again at the vif */
-	u32 emit_cpu;   /* that released last */
-	u64 emit_ns;
 	u32 p_head, p_tail, p_count; /* PVM packets held, in the PVM's order */
 	u32 p_proven;   /* HELD_PROVEN ones of them */
-	u32 frag_first, frag_id; /* the PVM's datagram whose fragments come now: its first record, or NONE; its identification */
-	u32 p_urgent;   /* TCP: the last of those in front that the PVM sent again, or NONE */
 	u32 p_next;     /* TCP: the record that matching is at, or NONE */
 	u32 s_head, s_tail, s_count; /* SVM output that is ahead; TCP: by stream position */
+
 	u32 proven;     /* TCP stream: all before it was proven or committed */
 	u32 matched;    /* TCP stream: all before it was compared; >= proven */
 	u32 p_ack;      /* highest ACK of the PVM that has left, before it was lowered */
@@ -133,18 +140,30 @@ struct flow {
 	u32 c_ack;      /* highest that the client was sent */
 	u16 p_win, s_win, c_win;
 	u16 cell;       /* see forget_here() */
-	u32 s_sack[8];  /* edges of the blocks in the SVM's last SACK option, host order; an unused block is 0, 0 */
-	u32 p_refused;  /* FLOW_REFUSED: first byte of the PVM's that was */
+	u32 in_flight;  /* released, not yet seen again at the vif */
+	u64 emit_ns;
+	u32 emit_cpu;   /* that released last */
+	u32 p_urgent;   /* TCP: the last of those in front that the PVM sent again, or NONE */
 	u32 p_high;     /* TCP: highest position in the PVM's list */
-	u64 syn_digest; /* of the PVM's SYN that was matched last, number `pvm_isn` */
-	u32 hash; /* of the PVM's last packet, for the owed ACK */
-	u32 ts_val, ts_ecr, ts_known; /* of the PVM's packet released last, for the owed ACK; written by the owner or by P2 */
+	u32 p_refused;  /* FLOW_REFUSED: first byte of the PVM's that was */
+	u32 hash;       /* of the PVM's last packet, for the owed ACK */
+	u32 frag_first; /* the PVM's datagram whose fragments come now: its first record, or NONE */
+
+	struct flow_key key;
 	u8 guest_mac[6], remote_mac[6];
+	u32 frag_id;    /* identification of the datagram of `frag_first` */
+	u32 ts_val, ts_ecr, ts_known; /* of the PVM's packet released last, for the owed ACK; written by the owner or by P2 */
+	u32 s_sack[8];  /* edges of the blocks in the SVM's last SACK option, host order; an unused block is 0, 0 */
+	u64 syn_digest; /* of the PVM's SYN that was matched last, number `pvm_isn` */
 	/* translation, on the secondary: PVM's number = SVM's + delta */
 	u32 svm_isn, pvm_isn, client_isn;
 	u32 seq_delta, ts_delta;
 	u32 svm_ts, pvm_ts;
+	u32 pad[11]; /* to whole cache lines */
 };
+#define CACHE_LINE 64
+_Static_assert(__builtin_offsetof(struct flow, proven) == CACHE_LINE && __builtin_offsetof(struct flow, key) == 2 * CACHE_LINE, "lines of struct flow");
+_Static_assert(sizeof(struct flow) % CACHE_LINE == 0, "struct flow fills its last line");
 
 #define FLOW_LIVE 0x1u
 #define FLOW_BASED 0x2u     /* `proven` is known */
@@ -180,6 +199,7 @@ struct packet {
 	u16 l3, l4, payload; /* offsets in the frame */
 	u16 length;   /* bytes of payload; whole frames: of the frame */
 	u16 l4_check; /* offset of the TCP or UDP checksum, or 0 */
+	u16 atomic;   /* offset of an IPv6 fragment header around a whole datagram, or 0 */
 	u8 class;     /* enum packet_class */
 	u8 tcp_flags;
 	u8 options;   /* bytes of TCP options */
@@ -198,6 +218,15 @@ struct edits {
 	} at[MAX_EDITS];
 };
 
+/* The PVM's packet that the SVM's proved directly, see release_first(). */
+struct release {
+	u32 cpu;   /* this one; told beforehand, since under a lock no helper may be called */
+	u32 index; /* its slot */
+	u32 ack;   /* as it must be lowered */
+	u16 win;
+	u16 more;  /* there is more to do: this program is now the owner and must drain */
+};
+
 /* A program's own notes. In a map and not on the stack: it would not fit there, and what is read from a map has no history, so the verifier need
  * not follow every way through parse() to the end of the program. */
 struct scratch {
@@ -205,11 +234,21 @@ struct scratch {
 	struct flow_ref ref;
 	u32 slot, len; /* from P2 to its second half */
 	u64 now;       /* from P2's second half and P4 to drain: one reading of the clock a packet */
-	u32 spare;     /* a free slot kept by this CPU, plus one; 0: none */
+	u32 magazine;  /* this CPU's free slots, or 0 */
 	struct edits edits;
 	u32 sack[8]; /* the SVM's blocks, from P4 to the flow and from the flow to drain */
 	u32 cell[8]; /* see forget() */
+	struct release release;
 	struct held held;
+};
+
+/* The peer's heartbeats on fwd (coloebpf/service/beat_frames.py has their form). */
+struct fwd_beat {
+	u64 expect[2];  /* cookie of the peer's service, as it stands in the frame; 0: none is known */
+	u64 cookie[2];  /* of the last one that had it */
+	u64 last_ns;    /* when that came, CLOCK_MONOTONIC */
+	u64 counter;    /* what it carries */
+	u64 strangers;  /* with another cookie */
 };
 
 /* What P3 hands to P4, and S1 to its delivery, in the frame's metadata (32 bytes are the kernel's limit). */

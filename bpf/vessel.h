@@ -77,9 +77,12 @@ static __always_inline void note_timestamps(struct flow *f, const struct slot *s
 	bool there = h->payload >= o + 12 && o <= SLOT_BYTES - 64;
 	BOUND(o, SLOT_BYTES - 1);
 	if (there && *(u32 *)(slot->byte + o) == bpf_htonl(STAMPS)) {
-		f->ts_val = be32_at(slot->byte + o + 4);
-		f->ts_ecr = be32_at(slot->byte + o + 8);
-		f->ts_known = 1;
+		u32 val = be32_at(slot->byte + o + 4), ecr = be32_at(slot->byte + o + 8);
+		if (f->ts_val != val || f->ts_ecr != ecr || !f->ts_known) { /* written only if new: the line is the other CPU's too */
+			f->ts_val = val;
+			f->ts_ecr = ecr;
+			f->ts_known = 1;
+		}
 	}
 }
 
@@ -134,6 +137,29 @@ static __always_inline bool blank_sack(struct slot *slot, const struct held *h, 
 	return true;
 }
 
+/* What a vessel carries beside its bytes. */
+static __always_inline void dress(struct __sk_buff *skb, const struct place *at, const struct held *h, u32 index, u32 generation)
+{
+	put_tag(skb, at, index, generation);
+	bpf_set_hash(skb, h->hash);
+}
+
+/* Counts a held packet that leaves, and how long it waited. */
+static __always_inline void count_release(const struct place *at, struct histogram *waited, const struct held *h, u64 now)
+{
+	u64 ns = (s64)(now - h->since_ns) > 0 ? now - h->since_ns : 0, log = 0; /* the clock was read before the lock was had */
+#pragma unroll
+	for (int s = 5; s >= 0; s--) /* log2 */
+		if (ns >> (1u << s)) {
+			ns >>= 1u << s;
+			log += 1u << s;
+		}
+	waited->bucket[log & 63]++;
+	at->count->unheld_packets++;
+	at->count->released_packets++;
+	at->count->released_bytes += h->len;
+}
+
 /* Overwrites `skb` with slot `slot`. `beside`: the outer tag goes where the vessel's was, beside the packet: the kernel will add a checksum at an
  * offset that does not count it. */
 static __always_inline bool load_vessel(struct __sk_buff *skb, const struct place *at, struct slot *slot, const struct held *h, u32 index,
@@ -167,8 +193,7 @@ static __always_inline bool load_vessel(struct __sk_buff *skb, const struct plac
 	if ( bpf_skb_store_bytes(skb, 0, slot->byte, len, 0))
 		return false;
 loaded:
-	put_tag(skb, at, index, generation);
-	bpf_set_hash(skb, h->hash);
+	dress(skb, at, h, index, generation);
 	return true;
 }
 

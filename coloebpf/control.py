@@ -8,6 +8,7 @@ import ipaddress
 import mmap
 import os
 import socket
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 from coloebpf import bpfsys, pins, snapshot
 from coloebpf.errors import BpfError, ConfigError
 from coloebpf.events import EventReader
-from coloebpf.model import MAX_NICS, MAX_PAIRS, State
+from coloebpf.model import MAX_NICS, MAX_PAIRS, FwdBeat, State
 from coloebpf.shapes import Shapes
 
 __all__ = ["Control", "PairState", "State"]
 
+COOKIE_BYTES = 16  # of a service, in its heartbeats
 FRAME = bytes(64)  # what flush and sweep are run on: a vessel to overwrite
 FLUSH_ROUNDS = 100_000  # flows a flush may touch before it says that something is wrong
 GAUGE_FLOW_TOP = 2  # bpf/maps.h
@@ -92,7 +94,7 @@ class Control:
     # ---- state of a pair -------------------------------------------------------------------------------------------
 
     def _words(self, pair: int) -> Any:
-        """The pair's entry as two words of 8 bytes in the map's own memory: state and epoch, and the deadline."""
+        """The pair's entry as words of 8 bytes in the map's own memory: state and epoch, the deadline, `open_after`."""
         if not 0 <= pair < MAX_PAIRS:
             raise ConfigError(f"pair {pair}: must be below {MAX_PAIRS}")
         if self._memory is None:
@@ -100,7 +102,7 @@ class Control:
                 self._memory = mmap.mmap(self.fd("pairs"), mmap.PAGESIZE)
             except OSError as e:  # made without BPF_F_MMAPABLE
                 raise BpfError(f"{self.pin_dir} has maps of another version: detach, then load again") from e
-        return (ct.c_uint64 * 2).from_buffer(self._memory, pair * ct.sizeof(self.shapes.leaf("pairs")))
+        return (ct.c_uint64 * 3).from_buffer(self._memory, pair * ct.sizeof(self.shapes.leaf("pairs")))
 
     def _write(self, pair: int, state: State, epoch: int) -> None:
         # one store: the programs see both change together
@@ -118,6 +120,38 @@ class Control:
     def set_deadline(self, pair: int, deadline_ns: int) -> None:
         """End of the right to speak, CLOCK_MONOTONIC ns; 0: none. After it the programs treat the pair as halted."""
         self._words(pair)[1] = deadline_ns
+
+    def set_open_after(self, pair: int, at_ns: int) -> None:
+        """From then on, CLOCK_MONOTONIC ns, the programs of a primary go on without the SVM; 0: never.
+
+        A service whose policy is `on_service_loss = "open"` puts it off again and again; without it they hold.
+        """
+        self._words(pair)[2] = at_ns
+
+    # ---- heartbeats ------------------------------------------------------------------------------------------------
+
+    def expect_beats(self, cookie: bytes) -> None:
+        """From here on the heartbeats on fwd that carry `cookie` (16 bytes) count, for every NIC; all zero: none."""
+        if len(cookie) != COOKIE_BYTES:
+            raise ConfigError(f"a cookie of heartbeats has {COOKIE_BYTES} bytes, not {len(cookie)}")
+        for nic in range(MAX_NICS):
+            value = self._beat(nic)
+            value.expect[:] = struct.unpack("=2Q", cookie)
+            bpfsys.update(self.fd("fwd_beats"), ct.c_uint32(nic), value)
+
+    def fwd_beats(self) -> dict[int, FwdBeat]:
+        """What the programs on fwd have noted, by NIC; those that have heard nothing are left out."""
+        beats = {nic: self._beat(nic) for nic in range(MAX_NICS)}
+        return {
+            nic: FwdBeat(beat.last_ns, struct.pack("=2Q", *beat.cookie), beat.counter, beat.strangers)
+            for nic, beat in beats.items()
+            if beat.last_ns or beat.strangers
+        }
+
+    def _beat(self, nic: int) -> Any:
+        value = self.shapes.leaf("fwd_beats")()
+        bpfsys.lookup(self.fd("fwd_beats"), ct.c_uint32(nic), value)
+        return value
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -214,6 +248,10 @@ class Control:
             bpfsys.update(self.fd("nics"), ct.c_uint32(value.vif), value)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
+
+    def events_fd(self) -> int:
+        """Readable when there are events: for select() and its like."""
+        return self.fd("events")
 
     def events(self, timeout_s: float = 0.0, most: int | None = None) -> list[dict[str, Any]]:
         """What the programs have told since the last call, or the first `most` of it; waits up to `timeout_s`."""

@@ -26,9 +26,11 @@ MARK_SHIFT, MARK_MAX = 20, 0xFFF  # of skb->mark the upper 12 bits are the secre
 MAX_VLAN = 4094
 
 # STAGE_* of bpf/maps.h
-TC_STAGES = ("drain", "split", "p4_prove", "s1_deliver", "pass_whole", "hold", "split_udp", "partial")
+TC_STAGES = ("drain", "split", "p4_prove", "s1_deliver", "pass_whole", "hold", "split_udp", "partial", "p4_datagram")
 XDP_STAGES = ("p3_arrive", "s1_arrive")
-HASH_TABLES, HASH_PAD = (4096, 16384), 16  # STREAM_WORDS, DGRAM_WORDS, HASH_PAD of bpf/constants.h
+STREAM_WORDS, DGRAM_WORDS, HASH_PAD = 512, 16384, 32  # of bpf/constants.h
+JUMBO_STREAM_WORDS = 4096  # keys for a slot of 16 KiB
+SPARE_MAGAZINES = 1024  # likewise of bpf/constants.h
 
 
 def defines(sizes: Sizes, pin_dir: Path) -> list[str]:
@@ -38,15 +40,29 @@ def defines(sizes: Sizes, pin_dir: Path) -> list[str]:
             raise ConfigError(f"{what} = {n}: must be a power of two between 2 and {top}")
     if not 576 <= sizes.mtu <= 9000:
         raise ConfigError(f"mtu = {sizes.mtu}: must be between 576 and 9000")
+    words = stream_words(sizes)
     flags = [
         f'-DPIN_DIR="{pin_dir}"',
+        f"-DMAGAZINE={magazine(sizes)}",
+        f"-DSTREAM_WORDS={words}u",
+        f"-DHASH_KEYS_BYTES={(words + DGRAM_WORDS + 2 * HASH_PAD + 2) * 8}",
         f"-DMAX_SLOTS={sizes.slots}u",
         f"-DHELD_BYTES={sizes.slots * 64}",
         f"-DMAX_FLOWS={sizes.flows}u",
     ]
     if sizes.jumbo:  # a longer hash leaves the verifier less for the rest
-        flags += ["-DSLOT_SHIFT=14", "-DHASH_ROUNDS=142", "-DDRAIN_STEPS=4", "-DGSO_BATCH=1"]
+        flags += ["-DSLOT_SHIFT=14", "-DHASH_ROUNDS=71", "-DDRAIN_STEPS=4", "-DGSO_BATCH=1"]
     return flags
+
+
+def stream_words(sizes: Sizes) -> int:
+    """Keys of the hash of streams: one for each 4 bytes of a slot, so that no segment meets a key twice."""
+    return JUMBO_STREAM_WORDS if sizes.jumbo else STREAM_WORDS
+
+
+def magazine(sizes: Sizes) -> int:
+    """Free slots that a CPU keeps for itself: few enough not to be missed. One less than a power of two."""
+    return 15 if sizes.slots >= 4096 else 1
 
 
 def check_spec(spec: NicSpec) -> bytes:
@@ -140,19 +156,34 @@ class Dataplane:
         """What a fresh set of maps needs once: secrets, free lists, sizes. The settings come last: they say "done"."""
         size = ct.sizeof(self._module[b"hash_keys"].Leaf)
         keys, start = bytearray(os.urandom(size)), 0
-        for words in HASH_TABLES:  # the first keys of each table again behind its last
+        for words in (stream_words(self.sizes), DGRAM_WORDS):  # the first keys of each table again behind its last
             end = start + words * 8
             keys[end : end + HASH_PAD * 8] = keys[start : start + HASH_PAD * 8]
             start = end + HASH_PAD * 8
         bpfsys.update(self._fd("hash_keys"), ct.c_uint32(0), (ct.c_char * size).from_buffer(keys))
-        for table, count in (("free_slots", self.sizes.slots), ("free_flows", self.sizes.flows)):
-            for number in reversed(range(count)):  # a stack: the lowest come first
-                bpfsys.update(self._fd(table), None, ct.c_uint32(number))
+        for number in reversed(range(self.sizes.flows)):  # a stack: the lowest come first
+            bpfsys.update(self._fd("free_flows"), None, ct.c_uint32(number))
+        self._fill_magazines()
         settings = self._module[b"settings"].Leaf()
         settings.mark = (secrets.randbelow(MARK_MAX) + 1) << MARK_SHIFT
         settings.slots, settings.flows, settings.slot_bytes = _figures(self.sizes)
         settings.compare_timeout_ns = COMPARE_TIMEOUT_NS
         bpfsys.update(self._fd("settings"), ct.c_uint32(0), settings)
+
+    def _fill_magazines(self) -> None:
+        """All slots into magazines; those behind them stay empty."""
+        size = magazine(self.sizes)
+        full = -(-self.sizes.slots // size)
+        for number in range(1, full + 1):
+            slots = range((number - 1) * size, min(number * size, self.sizes.slots))
+            value = self._module[b"magazines"].Leaf()
+            words = (ct.c_uint32 * (size + 1)).from_buffer(value)
+            words[: len(slots) + 1] = [len(slots), *slots]
+            bpfsys.update(self._fd("magazines"), ct.c_uint32(number), value)
+        empty = range(full + SPARE_MAGAZINES, full, -1)
+        for table, numbers in (("full_magazines", range(full, 0, -1)), ("empty_magazines", empty)):
+            for number in numbers:
+                bpfsys.update(self._fd(table), None, ct.c_uint32(number))
 
     def _publish(self) -> None:
         """Tail calls find the programs, and so do others by their pins."""

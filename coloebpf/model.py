@@ -96,3 +96,25 @@ class NicSpec:
     arp: Policy = Policy.PASS
     nd: Policy = Policy.PASS
     other: Policy = Policy.COMPARE
+
+
+@dataclass(frozen=True)
+class FwdBeat:
+    """What the program on fwd has noted of a NIC's heartbeats.
+
+    `last_ns`: CLOCK_MONOTONIC of the last one with the right cookie; `counter`: its; `strangers`: frames of the
+    Ethertype with anything else in them.
+    """
+
+    last_ns: int
+    cookie: bytes
+    counter: int
+    strangers: int
+
+    @property
+    def number(self) -> int:
+        return self.counter >> 32
+
+    @property
+    def echo(self) -> int:
+        return self.counter & 0xFFFFFFFF

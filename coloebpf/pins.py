@@ -7,14 +7,14 @@ from coloebpf.errors import BpfError
 from coloebpf.shapes import RUN_DIR, Shapes
 
 TC_PROGRAMS = (
-    "p1_mirror", "p2_output", "hold", "split", "split_udp", "pass_whole", "partial", "p4_prove", "drain",
+    "p1_mirror", "p2_output", "hold", "split", "split_udp", "pass_whole", "partial", "p4_prove", "p4_datagram", "drain",
     "s1_deliver", "s2_output", "s3_isolate", "link_deliver", "flush", "sweep",
 )  # fmt: skip
 XDP_PROGRAMS = ("link_arrive", "p3_arrive", "s1_arrive")
 MAPS = (
-    "settings", "hash_keys", "pairs", "nics", "nic_by_id", "links", "flow_refs", "flows", "held", "slab",
-    "free_slots", "free_flows", "exempt", "counters", "holding", "scratch", "gauges", "tc_stages", "xdp_stages",
-    "last_events", "events",
+    "settings", "hash_keys", "pairs", "nics", "vif_hints", "nic_by_id", "links", "fwd_beats", "flow_refs", "flows",
+    "held", "slab", "magazines", "full_magazines", "empty_magazines", "free_flows", "exempt", "counters", "holding",
+    "scratch", "gauges", "tc_stages", "xdp_stages", "last_events", "events",
 )  # fmt: skip
 UPKEEP = ("flush", "sweep")  # programs that user space runs
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WORD = (1 << 64) - 1
 GAUGE_SLOTS_USED, GAUGE_FLOWS_USED = 0, 1  # bpf/maps.h
+SCRATCHES = 2  # entries of the map of scratches: SCRATCH_HOOK, SCRATCH_USER
 
 
 def possible_cpus(path: Path = Path("/sys/devices/system/cpu/possible")) -> int:
@@ -45,6 +46,25 @@ def counters(control: Control, nic: int) -> Any:
 def holding(control: Control, nic: int) -> list[int]:
     """How many packets of a NIC were held for [2^i, 2^(i+1)) ns, for each i from 0 to 63."""
     return list(_per_cpu_sum(control, "holding", nic).bucket)
+
+
+def _gauge(control: Control, number: int) -> int:
+    value = ct.c_int64()
+    bpfsys.lookup(control.fd("gauges"), ct.c_uint32(number), value)
+    return value.value
+
+
+def slots_used(control: Control) -> int:
+    """Slots that something is in: those out of the stack of full magazines, less what CPUs keep at hand."""
+    used = _gauge(control, GAUGE_SLOTS_USED)
+    notes, magazine = control.shapes.leaf("scratch"), control.shapes.leaf("magazines")()
+    for number in range(SCRATCHES):
+        values = (notes * possible_cpus())()
+        bpfsys.lookup(control.fd("scratch"), ct.c_uint32(number), values)
+        for value in values:
+            if value.magazine and bpfsys.lookup(control.fd("magazines"), ct.c_uint32(value.magazine), magazine):
+                used -= ct.c_uint32.from_buffer(magazine).value  # its first word: how many
+    return max(used, 0)  # read one after the other while they change
 
 
 def percentiles(buckets: Sequence[int]) -> dict[str, int]:
@@ -100,11 +120,6 @@ def take(control: Control) -> dict[str, Any]:
     nics = [_nic(control, nic) for nic in attached(control)]
     settings = control.shapes.leaf("settings")()
     bpfsys.lookup(control.fd("settings"), ct.c_uint32(0), settings)
-    used = []
-    for gauge in (GAUGE_SLOTS_USED, GAUGE_FLOWS_USED):
-        value = ct.c_int64()
-        bpfsys.lookup(control.fd("gauges"), ct.c_uint32(gauge), value)
-        used.append(value.value)
     unknown = counters(control, MAX_NICS - 1).dropped[DROPS.index("unknown_link")]
     pairs = []
     for pair in sorted({n["pair"] for n in nics}):
@@ -114,6 +129,6 @@ def take(control: Control) -> dict[str, Any]:
         "pairs": pairs,
         "nics": nics,
         "unknown_link": unknown,
-        "slots": {"total": settings.slots, "free": settings.slots - used[0]},
-        "flows": {"total": settings.flows, "free": settings.flows - used[1]},
+        "slots": {"total": settings.slots, "free": settings.slots - slots_used(control)},
+        "flows": {"total": settings.flows, "free": settings.flows - _gauge(control, GAUGE_FLOWS_USED)},
     }

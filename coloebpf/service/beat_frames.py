@@ -12,9 +12,11 @@ from __future__ import annotations
 import logging
 import socket
 import struct
-from dataclasses import dataclass
 
+from coloebpf.model import FwdBeat
 from coloebpf.service.log import say
+
+__all__ = ["FwdBeat", "FwdSender", "frame"]
 
 log = logging.getLogger(__name__)
 
@@ -23,28 +25,6 @@ MAGIC, VERSION = b"COLO", 1
 BROADCAST = b"\xff" * 6
 SHORTEST = 60  # bytes of an Ethernet frame without its checksum
 PAYLOAD = struct.Struct("!4sB16sII")
-
-
-@dataclass(frozen=True)
-class FwdBeat:
-    """What the program on fwd has noted of a NIC's heartbeats.
-
-    `last_ns`: CLOCK_MONOTONIC of the last one with the right cookie; `counter`: its; `strangers`: frames of the
-    Ethertype with anything else in them.
-    """
-
-    last_ns: int
-    cookie: bytes
-    counter: int
-    strangers: int
-
-    @property
-    def number(self) -> int:
-        return self.counter >> 32
-
-    @property
-    def echo(self) -> int:
-        return self.counter & 0xFFFFFFFF
 
 
 def frame(source: bytes, vlan: int, cookie: bytes, number: int, echo: int) -> bytes:

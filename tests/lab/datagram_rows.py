@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.inet6 import (
+    HBHOptUnknown,
     ICMPv6EchoReply,
     ICMPv6PacketTooBig,
     IPv6ExtHdrDestOpt,
@@ -161,6 +162,15 @@ EQUAL = [
     ),
     Row("ipv6-whole-chain", lambda t: [ext(t).udp(b"abc")], lambda t: [ext(t).udp(b"abc")], V6),
     Row("ip4-options", lambda t: [opt(t).udp(b"abc")], lambda t: [opt(t).udp(b"abc")], V4),
+    Row("ip4-options-tcp", lambda t: [opt(t).tcp(1, b"abc")], lambda t: [opt(t).tcp(1, b"abc")], V4),
+    Row("ipv6-chain-of-icmp", lambda t: [echo(ext(t), b"abc")], lambda t: [echo(ext(t), b"abc")], V6),
+    Row("ipv6-long-chain", lambda t: [long(t, b"abc")], lambda t: [long(t, b"abc")], V6),
+    Row(
+        "ipv6-fragments-behind-options",
+        lambda t: fragments(dst(t, b"a"), big(t, DATA[:2000]), 1200),
+        lambda t: fragments(dst(t, b"a"), big(t, DATA[:2000]), 1200),
+        V6,
+    ),
     Row("bad-version", lambda t: [mangled(t, 0, 0x55)], lambda t: [mangled(t, 0, 0x55)], ("v4",)),
     Row("bad-header-length", lambda t: [mangled(t, 0, 0x41)], lambda t: [mangled(t, 0, 0x41)], ("v4",)),
     Row("length-beyond-the-frame", lambda t: [mangled(t, 2, 0x0F)], lambda t: [mangled(t, 2, 0x0F)], ("v4",)),
@@ -205,6 +215,26 @@ UNEQUAL = [
         lambda t: fragments(t, big(t, bytes(3000)), 1400, 2800),
         lambda t: fragments(t, big(t, bytes(3000)) + b"\0", 1400, 2800),
     ),
+    Row("ip4-options", lambda t: [opt(t).udp(b"abc")], lambda t: [opt(t, b"\x94\x04\0\1").udp(b"abc")], V4),
+    Row("ip4-options-or-none", lambda t: [opt(t).udp(b"abc")], lambda t: [t.udp(b"abc")], V4),
+    Row("ip4-options-on-the-svm", lambda t: [t.udp(b"abc")], lambda t: [opt(t).udp(b"abc")], V4),
+    Row("ip4-options-of-tcp", lambda t: [opt(t).tcp(1, b"abc")], lambda t: [opt(t, b"\1\1\1\0").tcp(1, b"abc")], V4),
+    Row("ip4-options-of-gre", lambda t: [opt(t).raw(47, b"abc")], lambda t: [t.raw(47, b"abc")], V4),
+    Row("ipv6-chain-or-none", lambda t: [ext(t).udp(b"abc")], lambda t: [t.udp(b"abc")], V6),
+    Row("ipv6-options", lambda t: [dst(t, b"a").udp(b"abc")], lambda t: [dst(t, b"b").udp(b"abc")], V6),
+    Row("ipv6-long-chain", lambda t: [long(t, b"abc")], lambda t: [long(t, b"abc", b"!")], V6),
+    Row(
+        "ipv6-fragments-behind-options",
+        lambda t: fragments(dst(t, b"a"), big(t, DATA[:2000]), 1200),
+        lambda t: fragments(dst(t, b"b"), big(t, DATA[:2000]), 1200),
+        V6,
+    ),
+    Row(
+        "ipv4-fragments-with-options",
+        lambda t: fragments(opt(t), big(t, DATA[:2000]), 1200),
+        lambda t: fragments(opt(t, b"\1\1\1\0"), big(t, DATA[:2000]), 1200),
+        V4,
+    ),
     Row("tcp-offset-lies", lambda t: [t.tcp(1, b"abcd", dataofs=15)], lambda t: [t.tcp(1, b"abce", dataofs=15)]),
     Row("cut-off", lambda t: [t.udp(DATA[:100])[:45]], lambda t: [t.udp(DATA[:100])[:44]]),
     Row(
@@ -219,8 +249,19 @@ def ext(t: Talk) -> Talk:
     return Talk(t.wire, t.family, t.tags, guest_port=t.guest_port, extensions=EXTENSIONS)
 
 
-def opt(t: Talk) -> Talk:
-    return Talk(t.wire, t.family, t.tags, guest_port=t.guest_port, ip_options=OPTIONS)
+def opt(t: Talk, options: bytes = OPTIONS) -> Talk:
+    return Talk(t.wire, t.family, t.tags, guest_port=t.guest_port, ip_options=options)
+
+
+def dst(t: Talk, text: bytes) -> Talk:
+    """With a destination option of an unknown kind that says `text`."""
+    header = IPv6ExtHdrDestOpt(options=[HBHOptUnknown(otype=0x3E, optdata=text)])
+    return Talk(t.wire, t.family, t.tags, guest_port=t.guest_port, extensions=[header])
+
+
+def long(t: Talk, data: bytes, last: bytes = b".") -> bytes:
+    """A datagram behind more bytes of options than go into a flow's key; they end with `last`."""
+    return dst(t, DATA[:150] + last).udp(data)
 
 
 def mangled(t: Talk, at: int, value: int) -> bytes:

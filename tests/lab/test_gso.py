@@ -270,9 +270,10 @@ def test_open_checksums_of_a_flow_that_releases_itself(wire: Wire, talk: Talk) -
     assert all(Heard.of(f).sums_hold() for f in got)
 
 
+@pytest.mark.parametrize(("total", "size"), [(6500, 1400), (6400, 100)], ids=["5 segments", "64 segments"])
 @pytest.mark.parametrize("first", ["pvm", "svm"])
-def test_udp_super_packets(wire: Wire, talk: Talk, first: str) -> None:
-    whole = Super(talk, STREAM[:6500], 1400, udp=True)
+def test_udp_super_packets(wire: Wire, talk: Talk, first: str, total: int, size: int) -> None:
+    whole = Super(talk, STREAM[:total], size, udp=True)
     said = [talk.udp(piece) for piece in whole.pieces]
     if first == "svm":
         wire.svm(*said)
@@ -280,6 +281,6 @@ def test_udp_super_packets(wire: Wire, talk: Talk, first: str) -> None:
     if first == "pvm":
         assert wire.seen() == []
         wire.svm(*said[::-1])
-    got = wire.released(5)
-    assert len(got) == 5
+    got = wire.released(len(said))
+    assert len(got) == len(said)
     whole.check(got)

@@ -34,7 +34,7 @@ XDP_MD = struct.Struct("=6I")  # data, data_end, data_meta, ingress_ifindex, rx_
 # struct arrival of bpf/types.h: it is in no map, so bcc describes it nowhere.
 ARRIVAL = struct.Struct("=QIIIHHHHHBB")
 HELD = struct.Struct("=IIQQIIIIIIHHHHBBHxxxx")  # struct held, likewise: next, flow, digest, since_ns, from, end, ...
-STREAM_WORDS, DGRAM_WORDS = 4096, 16384  # bpf/constants.h
+STREAM_WORDS, DGRAM_WORDS = 512, 16384  # bpf/constants.h
 GAUGE_SLOTS_USED, GAUGE_FLOWS_USED, GAUGE_FLOW_TOP = 0, 1, 2
 
 _ports = itertools.count(20_000)
@@ -220,6 +220,9 @@ class Rig:
         value = ct.c_int64()
         bpfsys.lookup(self.control.fd("gauges"), ct.c_uint32(number), value)
         return value.value
+
+    def slots_used(self) -> int:
+        return snapshot.slots_used(self.control)
 
     def flow_top(self) -> int:
         return self.gauge(GAUGE_FLOW_TOP)

@@ -22,7 +22,6 @@ from tests.unit.rig import (
     CLIENT_4,
     CLIENT_MAC,
     GAUGE_FLOWS_USED,
-    GAUGE_SLOTS_USED,
     GUEST_4,
     GUEST_MAC,
     NONE,
@@ -206,7 +205,7 @@ def assert_slots_add_up(rig: Rig) -> None:
     counters = rig.counters()
     assert held == counters["held_packets"] - counters["unheld_packets"]
     assert parked == counters["svm_parked"] - counters["svm_unparked"]
-    assert held + parked == rig.gauge(GAUGE_SLOTS_USED), "slots used are not the slots in lists"
+    assert held + parked == rig.slots_used(), "slots used are not the slots in lists"
     assert len(rig.flows()) == rig.gauge(GAUGE_FLOWS_USED)
 
 
@@ -214,7 +213,7 @@ def assert_nothing_left(rig: Rig) -> None:
     time.sleep(STALE_S)
     rig.reset()
     assert linked(rig) == (0, 0)
-    assert rig.gauge(GAUGE_SLOTS_USED) == 0
+    assert rig.slots_used() == 0
     assert rig.gauge(GAUGE_FLOWS_USED) == 0
 
 

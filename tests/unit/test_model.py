@@ -65,8 +65,8 @@ def test_kinds_of_events() -> None:
     [
         (model.MAX_NICS, "MAX_NICS"),
         (model.MAX_PAIRS, "MAX_PAIRS"),
-        (dataplane.HASH_TABLES[0], "STREAM_WORDS"),
-        (dataplane.HASH_TABLES[1], "DGRAM_WORDS"),
+        (dataplane.STREAM_WORDS, "STREAM_WORDS"),
+        (dataplane.DGRAM_WORDS, "DGRAM_WORDS"),
         (dataplane.HASH_PAD, "HASH_PAD"),
         (Sizes().slots, "MAX_SLOTS"),
         (Sizes().flows, "MAX_FLOWS"),
@@ -87,6 +87,7 @@ def test_constants(ours: int, name: str) -> None:
         (dataplane.TC_STAGES.index("drain"), "STAGE_DRAIN", MAPS),
         (dataplane.TC_STAGES.index("split"), "STAGE_SPLIT", MAPS),
         (dataplane.TC_STAGES.index("p4_prove"), "STAGE_P4", MAPS),
+        (dataplane.TC_STAGES.index("p4_datagram"), "STAGE_P4_DATAGRAM", MAPS),
         (dataplane.TC_STAGES.index("s1_deliver"), "STAGE_S1", MAPS),
         (dataplane.TC_STAGES.index("pass_whole"), "STAGE_PASS", MAPS),
         (dataplane.TC_STAGES.index("hold"), "STAGE_HOLD", MAPS),
@@ -136,7 +137,7 @@ def test_sizes_that_are_refused(sizes: Sizes, sentence: str) -> None:
     [
         (Sizes(), {"MAX_SLOTS": "65536u", "MAX_FLOWS": "65536u", "HELD_BYTES": "4194304", "PIN_DIR": '"/pins"'}),
         (Sizes(slots=8192, flows=1 << 20), {"MAX_SLOTS": "8192u", "MAX_FLOWS": "1048576u", "HELD_BYTES": "524288"}),
-        (Sizes(mtu=1501, slots=2, flows=2), {"MAX_SLOTS": "2u", "SLOT_SHIFT": "14", "HASH_ROUNDS": "142"}),
+        (Sizes(mtu=1501, slots=2, flows=2), {"MAX_SLOTS": "2u", "SLOT_SHIFT": "14", "HASH_ROUNDS": "71"}),
     ],
 )
 def test_sizes_for_the_compiler(sizes: Sizes, wanted: dict[str, str]) -> None:

@@ -20,7 +20,6 @@ from tests.unit.rig import (
     CLIENT_4,
     CLIENT_MAC,
     DROP,
-    GAUGE_SLOTS_USED,
     GUEST_4,
     GUEST_MAC,
     OTHER_MAC,
@@ -139,7 +138,7 @@ def test_what_p2_refuses_is_counted_and_takes_no_slot(rig: Rig, frame: bytes, wh
     before = rig.counters()
     assert rig.output(frame) == DROP
     assert rig.since(before) == {f"dropped.{why}": 1}
-    assert rig.gauge(GAUGE_SLOTS_USED) == 0
+    assert rig.slots_used() == 0
 
 
 def test_a_device_that_nobody_registered_is_left_alone(rig: Rig) -> None:
@@ -285,7 +284,7 @@ def test_a_full_slab_refuses_the_newest_and_asks_for_a_checkpoint(rig: Rig) -> N
         rig.control.suspend(0)
         assert rig.control.commit(0) == held
         assert sorted(drain(seen)) == sorted(frames[:held]), "what was accepted was lost"
-    assert rig.gauge(GAUGE_SLOTS_USED) == 0
+    assert rig.slots_used() == 0
 
 
 def test_a_full_flow_table_refuses_new_flows_only(rig: Rig) -> None:
