@@ -148,6 +148,9 @@ class World:
         self.arbiter = FakeArbiter(self.touch, promotes, leased)
         self._arbiter: Arbiter = self.arbiter
         self.link = False
+        self.latency: Callable[[], float] = lambda: 0.0
+        self._due = dict.fromkeys(Role, 0.0)
+        self._session = 0
         self.lose: Callable[[Message], bool] = lambda message: False
         self.on_touch: Callable[[], None] = lambda: None
         self.spawned: list[asyncio.Task[None]] = []
@@ -182,7 +185,11 @@ class World:
         def send(message: Message) -> bool:
             side.sent.append(message)
             if self.link and not self.lose(message):
-                asyncio.get_running_loop().call_soon(self._deliver, role, message)
+                loop = asyncio.get_running_loop()
+                self._due[role] = max(
+                    self._due[role] + 1e-6, loop.time() + self.latency()
+                )  # in order, as on a connection
+                loop.call_at(self._due[role], self._deliver, role, message, self._session)
             return self.link
 
         outside = Outside(
@@ -199,8 +206,8 @@ class World:
         self.sides = {role: self._side(role) for role in Role}
         self.p, self.s = self.sides[P], self.sides[S]
 
-    def _deliver(self, sender: Role, message: Message) -> None:
-        if self.link:
+    def _deliver(self, sender: Role, message: Message, session: int) -> None:
+        if self.link and session == self._session:
             self.sides[S if sender is P else P].pair.received(message)
             self.touch()
 
@@ -243,6 +250,7 @@ class World:
     def connect(self) -> None:
         """The link comes up, with hellos."""
         self.link = True
+        self._session += 1
         notes = {role: side.pair.note() for role, side in self.sides.items()}
         self.p.pair.link_up(notes[S])
         self.s.pair.link_up(notes[P])

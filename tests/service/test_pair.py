@@ -46,7 +46,9 @@ def test_a_protection_begins() -> None:
         assert world.arbiter.begun == 1
         assert world.s.witness.granting
         steps = [step for step in world.story if "deadline" not in step]
-        assert steps == ["p syncing", "s syncing", "p request", "p suspend", "s clear", "p commit", "s lockstep"]
+        assert steps[:4] == ["p syncing", "s syncing", "p request", "p suspend"]
+        assert sorted(steps[4:6]) == ["p commit", "s clear"]  # the secondary hears of it while the engine goes on
+        assert steps[6:] == ["s lockstep"]
         assert world.primary.ledger.commits == {"initial": 1}
 
     play(test)
@@ -314,7 +316,7 @@ def test_a_storm_and_the_calm_after_it() -> None:
         await world.until(lambda: world.primary.ledger.commits.get("periodic", 0) >= 3)
         await world.until(lambda: world.primary.ledger.mode == "lockstep")
 
-    play(test, storm_count=3, calm_ms=100)
+    play(test, storm_count=3, calm_ms=100, interval_max_ms=300)
 
 
 def test_little_room_asks_for_a_checkpoint() -> None:
