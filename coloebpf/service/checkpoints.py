@@ -14,36 +14,6 @@ CAUSES = ("divergence", "timeout", "high_water")  # what the traffic asks for, a
 MAX_TOLD = 100  # divergences that a reason names
 
 
-class Reply:
-    """An answer of the other side that somebody waits for."""
-
-    def __init__(self) -> None:
-        self._wanted: int | None = None
-        self._event = asyncio.Event()
-
-    def expect(self, wanted: int) -> None:
-        """Call it before asking."""
-        self._wanted = wanted
-        self._event.clear()
-
-    def came(self, what: int) -> bool:
-        """True if it is the one that is waited for."""
-        if what == self._wanted:
-            self._event.set()
-        return what == self._wanted
-
-    async def within(self, seconds: float) -> bool:
-        """False if it has not come by then; later it is none any more."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._event.wait()
-        except TimeoutError:
-            return False
-        finally:
-            self._wanted = None
-        return True
-
-
 @dataclass(frozen=True)
 class Done:
     """A checkpoint that committed. Times: CLOCK_MONOTONIC, ns."""

@@ -250,7 +250,7 @@ def test_a_checkpoint_that_fails_is_made_again(careful: bool, step: Step) -> Non
 
 
 def test_a_secondary_that_does_not_prepare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coloebpf.service.primary.PREPARE_S", 0.02)
+    monkeypatch.setattr("coloebpf.service.asking.PREPARE_S", 0.02)
 
     async def test(world: World) -> None:
         await world.protected()
@@ -273,7 +273,7 @@ def test_a_secondary_that_does_not_prepare(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_late_answer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coloebpf.service.primary.PREPARE_S", 0.02)
+    monkeypatch.setattr("coloebpf.service.asking.PREPARE_S", 0.02)
 
     async def test(world: World) -> None:
         await world.protected()
@@ -390,7 +390,7 @@ def test_the_svm_and_the_link_are_gone(answer: Grant | Refusal, state: State) ->
 
 
 def test_a_secondary_that_hears_and_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coloebpf.service.primary.DISMISS_S", 0.02)
+    monkeypatch.setattr("coloebpf.service.parting.DISMISS_S", 0.02)
 
     async def test(world: World) -> None:
         await world.protected()

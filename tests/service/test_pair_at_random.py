@@ -175,8 +175,8 @@ SEEN: set[tuple[State, State]] = set()
 @pytest.mark.parametrize("arbiter", [Record, Nobody])
 @pytest.mark.parametrize("seed", range(75))
 def test_random_faults(seed: int, arbiter: type[Record], careful: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coloebpf.service.primary.PREPARE_S", 0.02)
-    monkeypatch.setattr("coloebpf.service.primary.DISMISS_S", 0.02)
+    monkeypatch.setattr("coloebpf.service.asking.PREPARE_S", 0.02)
+    monkeypatch.setattr("coloebpf.service.parting.DISMISS_S", 0.02)
     monkeypatch.setattr("coloebpf.service.primary.RETRY_S", 0.005)
     dice = random.Random(seed)
 
