@@ -14,8 +14,8 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from coloebpf.model import Role
-from coloebpf.service.beat_frames import FwdBeat, FwdSender
+from coloebpf.model import FwdBeat, Role
+from coloebpf.service.beat_frames import FwdSender
 from coloebpf.service.log import say
 from coloebpf.service.peer.messages import Beat, Hello
 from coloebpf.service.peer.witness import NS_PER_MS, Granter, Speaker, newer
@@ -201,7 +201,7 @@ class Heartbeat:
         now = self._clock()
         late = now - self._tick_ns
         self._tick_ns = now
-        self._look(now)
+        self._look()
         if late > self.timeout_ns:
             self.stalls += 1
             self._judge_from_ns = now + self.timeout_ns
@@ -212,10 +212,12 @@ class Heartbeat:
             self._judge(now)
         self._beat(now)
 
-    def _look(self, now: int) -> None:
+    def _look(self) -> None:
         """Takes over what the programs have noted. A counter that stands still, or a foreign cookie, is no beat."""
         nics = {nic: watch for watch in self._watches.values() for nic in watch.fwds}
-        for nic, beat in self._fwd_beats().items():
+        noted = self._fwd_beats()
+        now = self._clock()  # behind the reading: nothing in it was sent later
+        for nic, beat in noted.items():
             watch = nics.get(nic)
             if watch is None or not self._peer_cookie or beat.cookie != self._peer_cookie:
                 continue
@@ -225,7 +227,8 @@ class Heartbeat:
             self._fwd_numbers[nic] = beat.number
             self.last_fwd_ns[nic] = beat.last_ns
             self.fwd_counts[nic] = self.fwd_counts.get(nic, 0) + 1
-            self._hear(beat.number, beat.last_ns)
+            # Heard now, not at last_ns: that may be of the beat before, if the program was writing while we read.
+            self._hear(beat.number, now)
             if beat.echo:
                 self._granted(watch.pair, beat.echo)
 
@@ -291,7 +294,7 @@ class Heartbeat:
     def _beat(self, now: int) -> None:
         self._number = self._number % 0xFFFFFFFF + 1  # never 0, which stands for none
         self.speaker.sending(self._number, now)
-        age = now - self._heard_ns
+        age = max(0, now - self._heard_ns)  # heard since the tick began, perhaps
         # An answer that comes too late to renew anything is none: the peer's service may be another one by now.
         echo = self._heard if self._heard and age < self.granter.lease_ns else 0
         granted = tuple(sorted(self.granter.pairs & self._watches.keys())) if echo else ()

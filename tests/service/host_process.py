@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coloebpf.model import Role, State
+from coloebpf.model import FwdBeat, Role, State
 from coloebpf.service.arbiters.base import Refusal, keep
 from coloebpf.service.arbiters.etcd import EtcdArbiter
-from coloebpf.service.beat_frames import ETHERTYPE, FwdBeat
+from coloebpf.service.beat_frames import ETHERTYPE
 from coloebpf.service.config import EtcdConfig
 from coloebpf.service.heartbeat import Heartbeat, Reports, Watch
 from coloebpf.service.peer.link import PeerLink

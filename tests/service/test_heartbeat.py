@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from coloebpf.model import Role
+from coloebpf.model import FwdBeat, Role
 from coloebpf.netns import inside
 from coloebpf.service import beat_frames
-from coloebpf.service.beat_frames import FwdBeat, FwdSender
+from coloebpf.service.beat_frames import FwdSender
 from coloebpf.service.heartbeat import NEVER_NS, Heartbeat, Paths, Reports, Watch, verdict
 from coloebpf.service.peer.messages import Beat, Hello
 from coloebpf.service.peer.witness import DRIFT, IN_FLIGHT_NS
@@ -255,6 +255,28 @@ def test_the_echo_and_the_round_trip() -> None:
     bench.now += LEASE
     bench.beat.tick()
     assert (bench.sent.echo, bench.sent.granted) == (0, NONE)  # too old to renew anything
+
+
+def test_a_beat_on_fwd_was_heard_when_it_was_looked_at() -> None:
+    """Its number and its time may be of two beats, if the program was writing them just then."""
+    bench = Bench(Role.SECONDARY)
+    bench.beat.set_granting(0, True)
+    bench.fwd()
+    bench.now += 45 * MS
+    bench.beat.tick()
+    assert bench.sent.granted == (0,)
+    assert bench.beat.granter.safe_at_ns(0) >= bench.now + LEASE
+    assert bench.beat.last_fwd_ns[4] == bench.now - 45 * MS
+
+    def frozen_before_reading() -> dict[int, FwdBeat]:
+        bench.now += 10_000 * MS
+        bench.fwd()
+        return bench.noted
+
+    bench.beat._fwd_beats = frozen_before_reading
+    bench.beat.tick()
+    assert (bench.sent.echo, bench.sent.echo_age_ns) == (bench.number, 0)
+    assert bench.beat.granter.safe_at_ns(0) >= bench.now + LEASE
 
 
 def test_numbers_start_anywhere() -> None:

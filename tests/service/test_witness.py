@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coloebpf.model import Role
-from coloebpf.service.beat_frames import FwdBeat
+from coloebpf.model import FwdBeat, Role
 from coloebpf.service.heartbeat import Heartbeat, Reports, Watch
 from coloebpf.service.peer.messages import Beat, Hello
 from coloebpf.service.peer.witness import DRIFT, IN_FLIGHT_NS, Granter, Speaker, lease_of, newer
@@ -46,6 +45,8 @@ def test_the_deadline_counts_from_the_sending() -> None:
 def test_the_secondary_waits_for_what_it_or_its_predecessor_has_granted() -> None:
     granter = Granter(LEASE, started_ns=50)
     after = LEASE + LEASE // DRIFT + IN_FLIGHT_NS
+    assert granter.safe_at_ns(PAIR) == 50 + after
+    granter.promise(PAIR, 49)  # heard by the predecessor, which may have granted more since
     assert granter.safe_at_ns(PAIR) == 50 + after
     granter.promise(PAIR, 1000)
     granter.promise(PAIR, 900)  # heard on the other path before

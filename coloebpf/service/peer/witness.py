@@ -76,7 +76,7 @@ class Granter:
 
     def promise(self, pair: int, heard_ns: int) -> None:
         """A grant goes out, as the answer to a beat that was heard at `heard_ns`. Call it before sending."""
-        self._promised_ns[pair] = max(heard_ns, self._promised_ns.get(pair, 0))
+        self._promised_ns[pair] = max(heard_ns, self._promised_ns.get(pair, self._started_ns))
 
     def safe_at_ns(self, pair: int) -> int:
         """From then on the other host can't be speaking for `pair` by any grant of ours."""
