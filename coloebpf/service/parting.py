@@ -30,6 +30,7 @@ class Parting(Supervisor):
         self._leave_ns = 0  # the secondary's leave to speak, as the heartbeats bring it
         self._told = False  # the secondary knows that it is a replica: it was sent the first commit
         self._confirmed = False  # and has said so
+        self._recorded = False  # the arbiter knows that both may ask, and the secondary was not dismissed since
         self._dismissed = Reply()
 
     @abstractmethod
@@ -74,15 +75,21 @@ class Parting(Supervisor):
                 if self._told and not live:
                     self.tell_committed()  # the link was down when it should have heard
             elif not self.machine.alone_pending:
+                self._recorded = False
                 self.spawn(self._certainly_alone(f"the secondary is {state.name.lower()}"))
 
     async def dismiss(self) -> bool:
-        """Makes sure that the secondary does not take over; False if it can't be asked, or does not answer."""
+        """Makes sure that the secondary does not take over; False if it can't be asked, or does not answer.
+
+        A commit that comes now must not make it a replica again: none counts before the next protection.
+        """
+        self._recorded = False
         self._dismissed.expect(DISMISSED)
         note = StateNote(self.number, State.SYNCING, self.out.control.state(self.number).epoch)
         return self.out.send(note) and await self._dismissed.within(DISMISS_S)
 
     def secondary_gone(self, reason: str) -> None:
+        """The PVM lives, its SVM does not."""
         self.engine_ready = False
         if self.machine.state is State.SYNCING:
             self.go(Trigger.FAILED, reason)
@@ -124,6 +131,7 @@ class Parting(Supervisor):
             self.say(logging.WARNING, "the engine could not give up the secondary", error=e)
 
     def tell_committed(self) -> None:
+        """To the secondary, which is a replica from then on."""
         self.out.send(messages.Committed(self.number, self.out.control.state(self.number).epoch))
         if not self._told:
             self._told, self.peer_state = True, State.LOCKSTEP if self.peer_state is not None else None

@@ -39,7 +39,6 @@ class Primary(Parting):
     def __init__(self, config: PairConfig, make_engine: Callable[[Emit], Engine], outside: Outside) -> None:
         super().__init__(config, make_engine, outside)
         self.ledger = Ledger(Timings.of(config))
-        self._recorded = False  # the arbiter knows that both may ask now
         self._timer: asyncio.TimerHandle | None = None
         self._asker = Asker(self.number, self.engine, outside.send, self._stop_proving)
         self._beginning: asyncio.Task[None] | None = None
@@ -162,7 +161,7 @@ class Primary(Parting):
             nonlocal sent
             sent = self.out.control.commit(self.number)
 
-        if not self.go(Trigger.COMMITTED, "the secondary has the whole state", commit):
+        if not self._recorded or not self.go(Trigger.COMMITTED, "the secondary has the whole state", commit):
             return
         self.tell_committed()
         done = self.ledger.committed(self.out.clock())
@@ -215,6 +214,8 @@ class Primary(Parting):
         """See Supervisor. Only when the secondary can't take over any more."""
         self.need(Trigger.UNPROTECT, "there is no protection to end")
         sure = self.machine.state not in REPLICATED or await self.dismiss()
+        if not sure:
+            self._recorded = True  # the protection goes on, if this fails
         if not sure and self.out.arbiter.promotes and not self.out.arbiter.leased:
             raise PairError(f"pair {self.config.name}: the secondary does not answer, and might take over")
         try:

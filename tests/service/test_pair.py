@@ -654,6 +654,28 @@ def test_a_protection_ends(careful: bool) -> None:
     play(test, careful=careful)
 
 
+def test_a_commit_that_comes_too_late_makes_no_replica() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.p.engine.hang()
+        world.find()
+        await world.states(CHECKPOINTING, CHECKPOINTING)
+
+        async def release(pair: object) -> Grant:
+            world.story.append("released")
+            world.p.engine.go()
+            await world.settle()
+            assert world.p.engine.commits == 2
+            return Grant()
+
+        world.arbiter.release = release  # type: ignore[method-assign]
+        await world.primary.unprotect()
+        await world.states(UNPROTECTED, UNPROTECTED)
+        assert "s lockstep" not in world.story[world.story.index("released") :]
+
+    play(test)
+
+
 @pytest.mark.parametrize(
     ("leased", "promotes", "answer", "error"),
     [
@@ -678,6 +700,8 @@ def test_a_protection_ends_without_the_secondary(
             with pytest.raises(PairError, match=error):
                 await world.primary.unprotect()
             assert world.p.state is LOCKSTEP
+            world.connect()
+            await world.primary.checkpoint()
 
     play(test, leased=leased, promotes=promotes)
 
