@@ -146,6 +146,10 @@ class Primary(Parting):
         self.consider()
 
     def _suspended(self, requested: bool) -> None:
+        if self.machine.state not in (State.SYNCING, *REPLICATED) or not self._recorded:
+            # libxl's first one comes by itself; it makes no replica if the secondary's service was not ready for it.
+            self.say(logging.INFO, "a checkpoint outside of a protection", engine=self.engine.name)
+            return
         if self.machine.state is State.SYNCING and self.out.arbiter.leased:
             self.set_deadline(self._leave_ns)
         if self.go(Trigger.SUSPENDED, "the PVM stands still", lambda: self.out.control.suspend(self.number)):

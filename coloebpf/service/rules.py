@@ -186,6 +186,8 @@ def decide(view: PairView) -> Decision:
     mode, why = mode_of(view)
     view = replace(view, mode=mode)
     times = view.timings
+    if view.pending_request_ns and view.state is State.SYNCING:
+        return Decision(None, mode, 0, why)  # the first copy takes what it takes: nothing is held meanwhile
     if view.pending_request_ns:
         end = view.pending_request_ns + times.commit_timeout_ns
         return Decision(None, mode, end, why, overdue=view.now_ns >= end)

@@ -138,6 +138,28 @@ def test_a_first_copy_that_fails_for_good() -> None:
     play(test)
 
 
+@pytest.mark.parametrize("protected", [False, True])
+def test_a_copy_before_the_secondary_is_ready_counts_for_nothing(protected: bool) -> None:
+    async def test(world: World) -> None:
+        from coloebpf.service.engine import Committed as Whole
+        from coloebpf.service.engine import Suspended
+
+        await world.p.pair.start()
+        if protected:
+            await world.primary.protect()
+        world.primary.engine_event(Suspended(requested=False))
+        world.primary.engine_event(Whole())
+        assert world.p.state is (SYNCING if protected else UNPROTECTED), "nothing is held for nobody"
+        await world.s.pair.start()
+        world.connect()
+        if not protected:
+            await world.primary.protect()
+        await world.states(LOCKSTEP, LOCKSTEP)
+        assert world.p.engine.requests == 1
+
+    play(test, careful=True)
+
+
 def test_a_first_copy_that_fails_is_made_again() -> None:
     async def test(world: World) -> None:
         world.p.engine.fail(Step.REQUEST)

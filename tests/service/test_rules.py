@@ -111,6 +111,7 @@ def test_storms_and_calm(known: dict[str, Any], mode: str, why: str) -> None:
         # states
         ({"state": State.SYNCING, "last_commit_ns": 0, "last_request_ns": 0}, "initial", 0),
         ({"state": State.SYNCING, "now_ns": MS, "last_commit_ns": 0, "last_request_ns": 0}, "initial", 0),  # just booted
+        ({"state": State.SYNCING, "pending_request_ns": NOW - 60 * S}, None, 0),  # the first copy of a large guest
         ({"state": State.CHECKPOINTING, "failed": "high_water"}, "high_water", 0),
         ({"state": State.CHECKPOINTING, "pending_request_ns": NOW}, None, NOW + 10 * S),
         *(({"state": state, "divergences": ("fin",), "last_commit_ns": 1}, None, 0) for state in (State.UNPROTECTED, State.PASSTHROUGH, State.PROMOTED, State.HALTED)),
