@@ -25,11 +25,15 @@ class Done:
 
 @dataclass
 class Pending:
-    """A checkpoint that was asked for. `number`: of the request, for the secondary's answer."""
+    """A checkpoint that was asked for. `number`: of the request, for the secondary's answer.
+
+    `held_ns`: since when output may be held because of it; the first copy holds nothing before the PVM stands still.
+    """
 
     number: int
     wish: Wish
     since_ns: int
+    held_ns: int
 
 
 @dataclass
@@ -85,7 +89,7 @@ class Ledger:
         """For the rules."""
         return PairView(
             now_ns=now_ns, state=state, timings=self.times,
-            pending_request_ns=self.pending.since_ns if self.pending else 0,
+            pending_request_ns=self.pending.held_ns if self.pending else 0,
             last_commit_ns=self._last_commit_ns, last_request_ns=self._last_request_ns,
             divergences=tuple(self._divergences), late_packets=self._late, high_water=self._high_water,
             operator=self._operator, failed=self.failed, mode=self.mode, since_mode_ns=self.since_mode_ns,
@@ -98,7 +102,7 @@ class Ledger:
     def requested(self, wish: Wish, now_ns: int) -> Pending:
         """A request goes out."""
         self._number += 1
-        self.pending = Pending(self._number, wish, now_ns)
+        self.pending = Pending(self._number, wish, now_ns, now_ns)
         self._last_request_ns = now_ns
         if wish.trigger in CAUSES:
             self._recent.append(now_ns)
@@ -106,10 +110,15 @@ class Ledger:
                 self._recent.popleft()
         return self.pending
 
+    def holds(self, now_ns: int) -> None:
+        """The first copy begins to hold output."""
+        if self.pending is not None:
+            self.pending.held_ns = now_ns
+
     def unasked(self, now_ns: int) -> None:
         """The engine has begun one by itself."""
         if self.pending is None:
-            self.pending = Pending(0, Wish("interval", "the engine's own"), now_ns)
+            self.pending = Pending(0, Wish("interval", "the engine's own"), now_ns, now_ns)
 
     def committed(self, now_ns: int) -> Done:
         """It came about."""

@@ -150,8 +150,10 @@ class Primary(Parting):
             # libxl's first one comes by itself; it makes no replica if the secondary's service was not ready for it.
             self.say(logging.INFO, "a checkpoint outside of a protection", engine=self.engine.name)
             return
-        if self.machine.state is State.SYNCING and self.out.arbiter.leased:
-            self.set_deadline(self._leave_ns)
+        if self.machine.state is State.SYNCING:
+            self.ledger.holds(self.out.clock())
+            if self.out.arbiter.leased:
+                self.set_deadline(self._leave_ns)
         if self.go(Trigger.SUSPENDED, "the PVM stands still", lambda: self.out.control.suspend(self.number)):
             self.out.send(messages.Suspended(self.number, self.out.control.state(self.number).epoch))
         if not requested:

@@ -160,6 +160,21 @@ def test_a_copy_before_the_secondary_is_ready_counts_for_nothing(protected: bool
     play(test, careful=True)
 
 
+def test_a_first_copy_that_takes_long() -> None:
+    async def test(world: World) -> None:
+        for side in world.sides.values():
+            await side.pair.start()
+        world.p.engine.hang(Step.REQUEST)
+        world.connect()
+        await world.primary.protect()
+        await world.until(lambda: "p request" in world.story)
+        await asyncio.sleep(0.15)  # longer than any later one may take
+        world.p.engine.go()
+        await world.states(LOCKSTEP, LOCKSTEP)
+
+    play(test, commit_timeout_ms=100)
+
+
 def test_a_first_copy_that_fails_is_made_again() -> None:
     async def test(world: World) -> None:
         world.p.engine.fail(Step.REQUEST)
