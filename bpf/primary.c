@@ -643,14 +643,16 @@ static __always_inline int release_twin(struct __sk_buff *skb, const struct plac
 		lower(slot, h, out->ack, out->win);
 		at->count->lowered++;
 	}
-	u32 head = h->payload, len = h->len;
+	u32 head = h->payload, len = h->len, size = h->end - h->start - !!(h->flags & HELD_FIN);
 	bool sent;
+	/* Nothing else may be in either frame: what stands behind the payload is not compared, so it must be the PVM's. */
+	u32 differ = (s->start ^ h->start) | (head ^ s->payload) | (skb->len ^ len) | (len ^ (head + size)) | skb->vlan_present;
 	bool ported = f->key.kind == KIND_TCP || f->key.kind == KIND_UDP; /* what isn't compared is all in front of the payload */
-	if (ported && !skb->vlan_present && head == s->payload && head && skb->len >= len) {
+	if (forget(notes, 0, ported && !differ) && head) {
 		head -= 1; /* never zero: the helper's demand */
 		BOUND(head, SLOT_BYTES - 1);
 		head += 1;
-		sent = (skb->len == len || !bpf_skb_change_tail(skb, len, 0)) && !bpf_skb_store_bytes(skb, 0, slot->byte, head, 0);
+		sent = !bpf_skb_store_bytes(skb, 0, slot->byte, head, 0);
 		if (sent)
 			dress(skb, at, h, flow, f->generation);
 	} else {

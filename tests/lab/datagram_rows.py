@@ -91,6 +91,9 @@ EQUAL = [
     Row("udp-no-checksum", lambda t: [t.udp(b"abc", chksum=0)], lambda t: [t.udp(b"abc", chksum=0)], V4),
     Row("udp-padded", lambda t: [t.udp(b"abc").ljust(90, b"\0")], lambda t: [t.udp(b"abc")]),
     Row("udp-junk-behind", lambda t: [t.udp(b"abc") + b"\1\2"], lambda t: [t.udp(b"abc") + b"\3"]),
+    Row("udp-as-much-junk-behind", lambda t: [t.udp(b"abc") + b"\1\2"], lambda t: [t.udp(b"abc") + b"\3\4"]),
+    Row("udp-more-junk-behind", lambda t: [t.udp(b"abc") + b"\1\2"], lambda t: [t.udp(b"abc") + b"\3\4\5"]),
+    Row("udp-svm-junk-behind", lambda t: [t.udp(b"abc")], lambda t: [t.udp(b"abc") + b"\3\4\5"]),
     Row("ping", lambda t: [echo(t, DATA[:56])], lambda t: [echo(t, DATA[:56])]),
     Row("ping-empty", lambda t: [echo(t, b"")], lambda t: [echo(t, b"")]),
     Row(

@@ -65,6 +65,13 @@ EQUAL = [
         lambda t: [t.tcp(1, DATA[:400]), t.tcp(1, DATA[:400]), t.tcp(401, DATA[400:1000]), t.tcp(1, DATA[:1000])],
         fronts=1,
     ),
+    Row("junk-behind", lambda t: [t.tcp(1, b"abc") + b"\1\2"], lambda t: [t.tcp(1, b"abc") + b"\3\4"]),
+    Row("svm-junk-behind", lambda t: [t.tcp(1, b"abc")], lambda t: [t.tcp(1, b"abc") + b"\3\4\5"]),
+    Row(
+        "svm-junk-behind-the-rest",
+        lambda t: [t.tcp(1, DATA[:10])],
+        lambda t: [t.tcp(1, DATA[:4]), t.tcp(5, DATA[4:10]) + DATA[20:24]],
+    ),
     Row("pvm-again", lambda t: [t.tcp(1, b"data")] * 3, lambda t: [t.tcp(1, b"data")]),
     Row(
         "pvm-overlaps",
