@@ -9,6 +9,7 @@ import mmap
 import os
 import socket
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,13 @@ class Control:
         """
         self._words(pair)[2] = at_ns
 
+    def set_compare_timeout(self, ns: int) -> None:
+        """A packet unproven for longer is told by an event; for all pairs of the host."""
+        settings = self.shapes.leaf("settings")()
+        bpfsys.lookup(self.fd("settings"), ct.c_uint32(0), settings)
+        settings.compare_timeout_ns = ns
+        bpfsys.update(self.fd("settings"), ct.c_uint32(0), settings)
+
     # ---- heartbeats ------------------------------------------------------------------------------------------------
 
     def expect_beats(self, cookie: bytes) -> None:
@@ -228,6 +236,17 @@ class Control:
         found = bpfsys.delete(self.fd("exempt"), self._exempt_key(proto, guest_port, remote, nic))
         self._note_exempts(nic)
         return found
+
+    def set_exempts(self, nic: int, wanted: Iterable[tuple[int, int, str]]) -> None:
+        """Makes these (protocol, guest's port, prefix) all the exemptions of a NIC; those that stay are never gone."""
+        keys = {bytes(key): key for key in (self._exempt_key(*one, nic) for one in wanted)}
+        entries = list(bpfsys.keys(self.fd("exempt"), self.shapes.key("exempt")))
+        there = {bytes(entry): entry for entry in entries if entry.nic == nic}
+        for raw in keys.keys() - there.keys():
+            bpfsys.update(self.fd("exempt"), keys[raw], ct.c_uint32(1))
+        for raw in there.keys() - keys.keys():
+            bpfsys.delete(self.fd("exempt"), there[raw])
+        self._note_exempts(nic)
 
     def _exempt_key(self, proto: int, guest_port: int, remote: str, nic: int) -> Any:
         prefixlen, mapped = exemption(proto, guest_port, remote, nic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as ct
+import hashlib
 import json
 import os
 import secrets
@@ -103,6 +104,12 @@ def _programs(module: Any) -> dict[str, int]:
     return fds
 
 
+def _source(flags: Iterable[str]) -> str:
+    """Stands for all that a compile depends on."""
+    whole = "\0".join((one_text(), *flags, os.uname().release))
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
 def _descriptions(module: Any) -> dict[str, list[Any]]:
     from bcc import lib
 
@@ -117,9 +124,11 @@ def _descriptions(module: Any) -> dict[str, list[Any]]:
 class Dataplane:
     """The programs and maps of one host, pinned under `pin_dir`."""
 
-    def __init__(self, pin_dir: Path, module: Any, programs: dict[str, int], sizes: Sizes) -> None:
+    def __init__(self, pin_dir: Path, kinds: shapes.Shapes, programs: dict[str, int], sizes: Sizes) -> None:
         self.pin_dir, self.sizes = pin_dir, sizes
-        self._module, self._programs = module, programs
+        self._kinds, self._programs = kinds, programs
+        self._fds: dict[str, int] = {}
+        self._module: Any = None  # keeps the descriptors of what it has loaded
 
     @classmethod
     def load(cls, pin_dir: Path, sizes: Sizes | None = None, check: Callable[[], Headers] | None = None) -> Dataplane:
@@ -141,20 +150,35 @@ class Dataplane:
                 shapes.save(pin_dir, said)
             elif said != kept.said:
                 raise ConfigError(f"{pin_dir} has maps of another version of coloebpf: detach, then load again")
-            plane = cls(pin_dir, module, _programs(module), sizes)
+            plane = cls(pin_dir, kept or shapes.Shapes(pin_dir), _programs(module), sizes)
+            plane._module = module
             if kept is None:
                 plane._fill()
+            shapes.note_source(pin_dir, "")  # until all of them are this one's
             plane._publish()
+            shapes.note_source(pin_dir, _source(flags))
             undo.pop_all()
         tuning.raise_backlog(2 * sizes.slots)
         return plane
 
+    @classmethod
+    def reuse(cls, pin_dir: Path, sizes: Sizes) -> Dataplane | None:
+        """What is pinned, if load() would make the same again; else None. Raises as load() does for maps of no use."""
+        if not pins.any_there(pin_dir) or shapes.noted_source(pin_dir) != _source(defines(sizes, pin_dir)):
+            return None
+        kinds = _kept(pin_dir, sizes)
+        pins.complete(pin_dir, (*TC_PROGRAMS, *XDP_PROGRAMS))
+        programs = {name: bpfsys.obj_get(pin_dir / name) for name in (*TC_PROGRAMS, *XDP_PROGRAMS)}
+        return cls(pin_dir, kinds, programs, sizes)
+
     def _fd(self, table: str) -> int:
-        return int(self._module[table.encode()].map_fd)
+        if table not in self._fds:
+            self._fds[table] = bpfsys.obj_get(self.pin_dir / table)
+        return self._fds[table]
 
     def _fill(self) -> None:
         """What a fresh set of maps needs once: secrets, free lists, sizes. The settings come last: they say "done"."""
-        size = ct.sizeof(self._module[b"hash_keys"].Leaf)
+        size = ct.sizeof(self._kinds.leaf("hash_keys"))
         keys, start = bytearray(os.urandom(size)), 0
         for words in (stream_words(self.sizes), DGRAM_WORDS):  # the first keys of each table again behind its last
             end = start + words * 8
@@ -164,7 +188,7 @@ class Dataplane:
         for number in reversed(range(self.sizes.flows)):  # a stack: the lowest come first
             bpfsys.update(self._fd("free_flows"), None, ct.c_uint32(number))
         self._fill_magazines()
-        settings = self._module[b"settings"].Leaf()
+        settings = self._kinds.leaf("settings")()
         settings.mark = (secrets.randbelow(MARK_MAX) + 1) << MARK_SHIFT
         settings.slots, settings.flows, settings.slot_bytes = _figures(self.sizes)
         settings.compare_timeout_ns = COMPARE_TIMEOUT_NS
@@ -176,7 +200,7 @@ class Dataplane:
         full = -(-self.sizes.slots // size)
         for number in range(1, full + 1):
             slots = range((number - 1) * size, min(number * size, self.sizes.slots))
-            value = self._module[b"magazines"].Leaf()
+            value = self._kinds.leaf("magazines")()
             words = (ct.c_uint32 * (size + 1)).from_buffer(value)
             words[: len(slots) + 1] = [len(slots), *slots]
             bpfsys.update(self._fd("magazines"), ct.c_uint32(number), value)
@@ -233,17 +257,30 @@ class Dataplane:
                 tuning.spread_receive(spec.vif)
             undo.pop_all()
 
+    def detach(self, nic: int) -> None:
+        """Takes the programs off one NIC's devices, and the NIC out of the maps; fwd stays if another NIC uses it."""
+        value, link = self._kinds.leaf("nics")(), self._kinds.key("links")()
+        bpfsys.lookup(self._fd("nic_by_id"), ct.c_uint32(nic), value)
+        with netdev.Devices() as devices:
+            devices.detach(value.vif, bool(value.flags & NIC_CLSACT_VIF))
+            link.fwd, link.vlan = value.fwd, value.vlan
+            bpfsys.delete(self._fd("links"), link)
+            if not any(key.fwd == value.fwd for key in bpfsys.keys(self._fd("links"), type(link))):
+                devices.detach(value.fwd, bool(value.flags & NIC_CLSACT_FWD))
+        bpfsys.delete(self._fd("nics"), ct.c_uint32(value.vif))
+        bpfsys.update(self._fd("nic_by_id"), ct.c_uint32(nic), type(value)())
+
     def _register(self, undo: ExitStack, spec: NicSpec, mac: bytes, vif: int, fwd: int, made: int) -> None:
-        before = self._module[b"nics"].Leaf()
+        before = self._kinds.leaf("nics")()
         bpfsys.lookup(self._fd("nic_by_id"), ct.c_uint32(spec.nic), before)
         exempts = before.exempts  # the exemption map is by NIC, whatever device it had
         flags = before.flags if bpfsys.lookup(self._fd("nics"), ct.c_uint32(vif), before) else 0
-        nic = self._module[b"nics"].Leaf()
+        nic = self._kinds.leaf("nics")()
         nic.id, nic.pair, nic.role = spec.nic, spec.pair, int(spec.role)
         nic.vif, nic.fwd, nic.vlan, nic.mac[:] = vif, fwd, spec.vlan, mac
         nic.arp, nic.nd, nic.other = int(spec.arp), int(spec.nd), int(spec.other)
         nic.exempts, nic.flags = exempts, flags | made
-        link = self._module[b"links"].Key()
+        link = self._kinds.key("links")()
         link.fwd, link.vlan = fwd, spec.vlan
         self._put(undo, "nic_by_id", ct.c_uint32(spec.nic), nic)
         self._put(undo, "links", link, ct.c_uint32(spec.nic))

@@ -23,9 +23,23 @@ def save(pin_dir: Path, descriptions: dict[str, list[Any]], run: Path = RUN_DIR)
     draft.replace(path)
 
 
+def note_source(pin_dir: Path, source: str, run: Path = RUN_DIR) -> None:
+    """Keeps what the programs at `pin_dir` were made of."""
+    file_of(pin_dir, run).with_suffix(".source").write_text(source)
+
+
+def noted_source(pin_dir: Path, run: Path = RUN_DIR) -> str:
+    """That again; "" if nothing is known."""
+    try:
+        return file_of(pin_dir, run).with_suffix(".source").read_text()
+    except OSError:
+        return ""
+
+
 def forget(pin_dir: Path, run: Path = RUN_DIR) -> None:
-    """Removes what save() wrote."""
-    file_of(pin_dir, run).unlink(missing_ok=True)
+    """Removes what save() and note_source() wrote."""
+    for suffix in (".json", ".source"):
+        file_of(pin_dir, run).with_suffix(suffix).unlink(missing_ok=True)
 
 
 class Shapes:

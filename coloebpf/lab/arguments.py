@@ -37,8 +37,8 @@ def _commands(lab: Any) -> None:
         _up,
         "make a lab, with the dataplane in lock-step",
         "sometimes",
-        usage="coloebpf lab up [--guests none|process] [--nics N] [--vlan] [--mtu 1500|9000] [--name NAME] [--json] "
-        "[-- CMD...]",
+        usage="coloebpf lab up [--guests none|process] [--nics N] [--vlan] [--mtu 1500|9000] [--bare] "
+        "[--arbiter command|none] [--peer-timeout MS] [--name NAME] [--json] [-- CMD...]",
     )
     up.add_argument(
         "--guests",
@@ -53,6 +53,17 @@ def _commands(lab: Any) -> None:
     up.add_argument(
         "--mtu", type=int, choices=plan.MTUS, default=plan.MTUS[0], help="the guest's MTU (default: %(default)s)"
     )
+    up.add_argument(
+        "--bare", action="store_true", help="no services: the pair stays in lock-step, whatever happens to it"
+    )
+    up.add_argument(
+        "--arbiter", choices=plan.ARBITERS, default=plan.ARBITERS[0],
+        help="who says which host goes on alone; command: a switch turns the other one off (default: %(default)s)",
+    )  # fmt: skip
+    up.add_argument(
+        "--peer-timeout", type=_milliseconds, default=200, metavar="MS",
+        help="without a heartbeat for so long the other host is lost (default: %(default)s)",
+    )  # fmt: skip
     add_json(up)
 
     execute = add(
@@ -84,6 +95,12 @@ def _nic_count(text: str) -> int:
     return int(text)
 
 
+def _milliseconds(text: str) -> int:
+    if not text.isdecimal() or not 20 <= int(text) <= 60_000:
+        raise argparse.ArgumentTypeError(f"{text} is no time between 20 and 60000 ms")
+    return int(text)
+
+
 # bcc takes most of a second to import, pyroute2 a quarter: only the commands that use them do so.
 
 
@@ -91,13 +108,16 @@ def _up(args: argparse.Namespace) -> None:
     mode = args.guests or ("process" if args.command else "none")
     if mode == "none" and args.command:
         args.usage_error("bare guests run no command; use --guests process")
-    wanted = plan.LabPlan(args.name, mode, args.nics, args.vlan, args.mtu, tuple(args.command))
+    wanted = plan.LabPlan(
+        args.name, mode, args.nics, args.vlan, args.mtu, tuple(args.command),
+        service=not args.bare, arbiter=args.arbiter, peer_timeout_ms=args.peer_timeout,
+    )  # fmt: skip
     from coloebpf.lab import needs
 
     needs.check()
-    from coloebpf.lab import commands, hosts, report
+    from coloebpf.lab import commands, hosts, report, services
 
-    record = commands.up(wanted, hosts.bring_up)
+    record = commands.up(wanted, hosts.bring_up if args.bare else services.bring_up)
     print(json.dumps(record, indent=1) if args.json else report.up_text(record))
 
 
@@ -108,16 +128,21 @@ def _execute(args: argparse.Namespace) -> None:
 
 
 def _status(args: argparse.Namespace) -> None:
-    from coloebpf.lab import commands, hosts, report
+    from coloebpf.lab import commands, hosts, report, services, state
 
-    status = commands.status(plan.LabPlan(args.name), hosts.snapshot)
+    lab = state.load(plan.LabPlan(args.name))
+    if lab.service:
+        status = commands.status(lab, services.snapshot, services.service_status)
+    else:
+        status = commands.status(lab, hosts.snapshot)
     print(json.dumps(status, indent=1) if args.json else report.status_text(status))
 
 
 def _checkpoint(args: argparse.Namespace) -> None:
-    from coloebpf.lab import hosts, state
+    from coloebpf.lab import hosts, services, state
 
-    done = hosts.checkpoint(state.load(plan.LabPlan(args.name)))
+    lab = state.load(plan.LabPlan(args.name))
+    done = services.checkpoint(lab) if lab.service else hosts.checkpoint(lab)
     print(json.dumps(done) if args.json else f"epoch {done['epoch']}, {done['flushed']} packets sent")
 
 

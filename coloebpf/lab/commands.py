@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 from coloebpf.errors import LabError
 from coloebpf.lab import guests, state, topology
 from coloebpf.lab.loaders import INTERRUPTIONS, held_back
-from coloebpf.lab.plan import GUESTS, PAIR, LabPlan
+from coloebpf.lab.plan import GUESTS, HOSTS, PAIR, LabPlan
 from coloebpf.netns import inside
 
 BringUp = Callable[[LabPlan], None]
 Snapshot = Callable[[LabPlan, str], dict[str, Any]]
+Service = Callable[[LabPlan, str], dict[str, Any] | None]
 
 
 def up(plan: LabPlan, bring_up: BringUp | None) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _make(plan: LabPlan, bring_up: BringUp | None) -> dict[str, Any]:
     with held_back(INTERRUPTIONS):
         topology.wake_guests(plan)
     record = state.save(plan)
-    if bring_up:
+    if bring_up and not plan.service:
         _start_agent(plan)
     if plan.command:
         guests.start(plan)
@@ -74,8 +75,11 @@ def execute(plan: LabPlan, node: str, command: list[str]) -> NoReturn:
             raise LabError(f"can't run {command[0]} on {node}: {error.strerror}") from error
 
 
-def status(plan: LabPlan, snapshot: Snapshot) -> dict[str, Any]:
-    """State, epoch and counters: the primary's at the top, since it compares, and the secondary's beside."""
+def status(plan: LabPlan, snapshot: Snapshot, service: Service | None = None) -> dict[str, Any]:
+    """State, epoch and counters: the primary's at the top, since it compares, and the secondary's beside.
+
+    `service`: what a host's own says of itself.
+    """
     plan = state.load(plan)
     primary = snapshot(plan, "primary")
     pair = next(entry for entry in primary.pop("pairs") if entry["pair"] == PAIR)
@@ -84,6 +88,7 @@ def status(plan: LabPlan, snapshot: Snapshot) -> dict[str, Any]:
         "guests": plan.guests,
         "processes": {guest: guests.running(plan, guest) for guest in GUESTS},
         "agent": bool(guests.with_arguments(agent_arguments(plan))),
+        "services": {host: service(plan, host) for host in HOSTS} if service else {},
         "state": pair["state"],
         "epoch": pair["epoch"],
         **primary,

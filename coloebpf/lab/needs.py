@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from coloebpf.errors import PreflightError
 from coloebpf.preflight import Headers, Preflight
 
-TOOLS = {"ethtool": "ethtool"}  # of every lab; program -> Debian's package
+TOOLS = {"ethtool": "ethtool", "ip": "iproute2"}  # of every lab; program -> Debian's package
 
 
 def check(tools: Mapping[str, str] | None = None, preflight: Callable[[], Headers] | None = None) -> None:

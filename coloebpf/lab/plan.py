@@ -20,6 +20,9 @@ EXEC_NODES = ("client", "primary", "secondary", "pvm", "svm")
 PAIR = 0  # the lab has one guest, so one pair, whatever the number of its NICs
 MAX_NICS = 64  # the dataplane's limit of NICs on a host
 MTUS = (1500, 9000)
+MGMT = "mgmt0"  # the services' own network, as NICs of its own would be on real hosts
+MANAGEMENT = {"primary": "192.0.2.1", "secondary": "192.0.2.2"}  # RFC 5737
+ARBITERS = ("command", "none")  # command: the lab's own power switch
 FIRST_VLAN = 100  # VLAN id of NIC 0 on a shared forward link
 FWD_HEADROOM = 8  # bytes above the guest's MTU: coloebpf's own tag and one of the guest's
 NAME_LENGTH = 32
@@ -64,7 +67,11 @@ class Nic:
 
 @dataclass(frozen=True)
 class LabPlan:
-    """A lab as it was asked for; everything else follows from it."""
+    """A lab as it was asked for; everything else follows from it.
+
+    `service`: each host runs coloebpf's service; without it a small agent drains the events, and nobody decides.
+    `arbiter`, `peer_timeout_ms`: of the services' configuration.
+    """
 
     name: str = "lab"
     guests: str = "none"
@@ -72,6 +79,9 @@ class LabPlan:
     vlan: bool = False
     mtu: int = 1500
     command: tuple[str, ...] = ()
+    service: bool = False
+    arbiter: str = "command"
+    peer_timeout_ms: int = 200
     run_root: Path = field(default=RUN_ROOT, repr=False)
     pin_root: Path = field(default=PIN_ROOT, repr=False)
 
@@ -83,6 +93,8 @@ class LabPlan:
             raise LabError("bare guests run no command; use --guests process")
         if not 1 <= self.nics <= MAX_NICS:
             raise LabError(f"a lab's guest has 1 to {MAX_NICS} NICs, not {self.nics}")
+        if self.arbiter not in ARBITERS:
+            raise LabError(f"the lab's arbiter is one of {', '.join(ARBITERS)}, not {self.arbiter!r}")
         if self.mtu not in MTUS:
             raise LabError(f"the MTU is one of {MTUS}, not {self.mtu}")
 
@@ -153,7 +165,13 @@ class LabPlan:
             for host, guest in zip(HOSTS, GUESTS, strict=True)
             for nic in self.nic_list()
         ]
-        return lan + vifs + self._forward_links()
+        return lan + vifs + self._management() + self._forward_links()
+
+    def _management(self) -> list[Link]:
+        if not self.service:
+            return []
+        ends = [End(host, MGMT, f"02:c0:10:04:0{number}:00") for number, host in enumerate(HOSTS, 1)]
+        return [Link(ends[0], ends[1], MTUS[0])]
 
     def _forward_links(self) -> list[Link]:
         links = []

@@ -36,7 +36,10 @@ def up_text(record: dict[str, Any]) -> str:
 def status_text(status: dict[str, Any]) -> str:
     """What `lab status` shows."""
     agent = "running" if status["agent"] else "not running"
-    lines = [f"lab {status['name']!r}: {status['state']}, epoch {status['epoch']}, agent {agent}"]
+    helpers = [f"{host}'s service {_state(service)}" for host, service in status["services"].items()]
+    lines = [
+        f"lab {status['name']!r}: {status['state']}, epoch {status['epoch']}, {'; '.join(helpers) or f'agent {agent}'}"
+    ]
     for nic in status["nics"]:
         holding = nic["holding_ns"]
         lines += [
@@ -51,6 +54,10 @@ def status_text(status: dict[str, Any]) -> str:
             f"  dropped     {_counts(nic['dropped'])}",
         ]
     return "\n".join(lines)
+
+
+def _state(service: dict[str, Any] | None) -> str:
+    return "not running" if service is None else str(service["pairs"][0]["state"]) if service["pairs"] else "loading"
 
 
 def event_text(event: dict[str, Any]) -> str:

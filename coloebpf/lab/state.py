@@ -57,6 +57,8 @@ def describe(plan: LabPlan) -> dict[str, Any]:
         "command": list(plan.command),
         "mtu": plan.mtu,
         "vlan": plan.vlan,
+        "service": plan.service,
+        "arbiter": plan.arbiter,
         "namespaces": {node: plan.namespace(node) for node in NODES},
         "devices": describe_devices(plan),
         "addresses": {
@@ -94,6 +96,8 @@ def load(plan: LabPlan) -> LabPlan:
         guests=record["guests"],
         nics=len(record["nics"]),
         vlan=record["vlan"],
+        service=record["service"],
+        arbiter=record["arbiter"],
         mtu=record["mtu"],
         command=tuple(record["command"]),
     )

@@ -14,7 +14,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_NOARP, IFF_PROMISC, IFF_UP
 
 from coloebpf.errors import LabError
-from coloebpf.lab.plan import GUESTS, HOSTS, NODES, End, LabPlan
+from coloebpf.lab.plan import GUESTS, HOSTS, MANAGEMENT, MGMT, NODES, End, LabPlan
 from coloebpf.netns import inside
 
 NETNS_DIR = Path("/run/netns")
@@ -82,6 +82,8 @@ def build(plan: LabPlan) -> None:
         with netlink(plan.namespace(node)) as route:
             for device in plan.devices(node):
                 route.link("set", index=_index(route, device), state="up")
+            if plan.service and node in MANAGEMENT:
+                route.addr("add", index=_index(route, MGMT), address=MANAGEMENT[node], prefixlen=30)
     _wake_client(plan)
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from coloebpf.model import State
 from coloebpf.service.comparer import Finding
 from coloebpf.service.rules import Mode, PairView, Timings, Wish
+from coloebpf.service.status import Durations
 
 CAUSES = ("divergence", "timeout", "high_water")  # what the traffic asks for, and a storm is made of
+NS_PER_S = 1_000_000_000
 MAX_TOLD = 100  # divergences that a reason names
 
 
@@ -21,6 +23,7 @@ class Done:
     wish: Wish
     requested_ns: int
     committed_ns: int
+    released: int = 0  # packets that left by it
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Ledger:
     failed: str = ""
     failures: int = 0
     commits: dict[str, int] = field(default_factory=dict)
+    durations: Durations = field(default_factory=Durations)
     _last_request_ns: int = 0
     _last_commit_ns: int = 0
     _last_cause_ns: int = 0
@@ -120,7 +124,7 @@ class Ledger:
         if self.pending is None:
             self.pending = Pending(0, Wish("interval", "the engine's own"), now_ns, now_ns)
 
-    def committed(self, now_ns: int) -> Done:
+    def committed(self, now_ns: int, released: int = 0) -> Done:
         """It came about."""
         self.unasked(now_ns)  # else it was given up, and has come after all
         assert self.pending is not None
@@ -129,7 +133,8 @@ class Ledger:
         self._last_commit_ns = now_ns
         self._divergences, self._late, self._high_water, self._operator = [], 0, False, False
         self.commits[pending.wish.trigger] = self.commits.get(pending.wish.trigger, 0) + 1
-        self.last = Done(pending.wish, pending.since_ns, now_ns)
+        self.last = Done(pending.wish, pending.since_ns, now_ns, released)
+        self.durations.observe((now_ns - pending.since_ns) / NS_PER_S)
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)

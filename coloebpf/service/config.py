@@ -40,6 +40,9 @@ class HostConfig:
     metrics_listen: Address | None = setting(
         keys.optional(keys.ADDRESS, None, "no metrics"), "where Prometheus finds /metrics", Address("127.0.0.1", 9877)
     )
+    pins: Path = setting(
+        keys.PATH, "the dataplane's directory, on a bpf file system", Path("/sys/fs/bpf/coloebpf/host")
+    )
     mtu: int = setting(keys.integer(576, 9000, "bytes"), "the largest of the guests'", 1500)
     log_level: str = setting(keys.choice("debug", "info", "warning", "error"), "what is logged", "info", live=True)
 
@@ -117,6 +120,9 @@ class ModelConfig:
     """[pair.model]: for engine = "model", which copies nothing."""
 
     commit_delay_ms: int = setting(ms(0, HOUR_MS), "from Suspended to Committed", 5, live=True)
+    copies: bool = setting(
+        keys.SWITCH, "false: the SVM goes on with its own TCP numbers, as guests that are processes do", True
+    )
     socket: Path | None = setting(keys.optional(keys.SOCKET, None, "none"), "where tests tell it to fail or hang", None)
 
 

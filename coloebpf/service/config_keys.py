@@ -176,6 +176,12 @@ def _prefix(value: Any) -> str:
         raise ValueError(f"is {value!r} ({e})") from e
 
 
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"is {value!r}")
+    return value
+
+
 def _protocol(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255:
         return value
@@ -198,6 +204,7 @@ ADDRESS = Kind('an IP address and a port, such as "192.0.2.1:7788" or "[2001:db8
 SOCKET = Kind(f'an absolute path of at most {SUN_PATH} bytes, such as "/run/coloebpf/control.sock"', _socket)
 PATH = Kind('an absolute path, such as "/etc/coloebpf/pki/ca.pem"', _path)
 MAC = Kind('the MAC address of one NIC, such as "02:c0:10:00:00:01"', _mac)
+SWITCH = Kind("true or false", _switch)
 PREFIX = Kind('an address prefix without host bits, such as "10.0.0.0/8" or "fd00::/8"', _prefix)
 PROTOCOL = Kind(f"an IP protocol: {', '.join(PROTOCOLS)}, or a number from 0 to 255", _protocol)
 URLS = texts('an array of URLs, such as ["http://127.0.0.1:2379"]', _url)

@@ -57,11 +57,13 @@ class Engine(Protocol):
     """One guest's engine on one host. It calls the `emit` of its constructor on the event loop, in the order of events.
 
     An engine with `signals_suspended` False tells Suspended and Committed together, when the checkpoint is whole: it
-    needs the careful order (the secondary clears its translations before the engine is asked).
+    needs the careful order (the secondary clears its translations before the engine is asked). With `copies` False the
+    SVM stays what it is, for tests with guests that nothing can copy: its TCP numbers go on being translated.
     """
 
     name: str
     signals_suspended: bool
+    copies: bool
 
     async def start(self) -> None:
         """Ready follows when it can be asked. Raises EngineError if it can't be started."""

@@ -75,7 +75,8 @@ class Reports:
 class Heartbeat:
     """Both directions of both paths, for all pairs of this host.
 
-    `session`: this service's cookie. `send`: the link's. `fwd_beats`: what the programs have noted, by NIC.
+    `session`: this service's cookie. `send`: the link's. `fwd_beats`: what the programs have noted, by NIC. Without a
+    hello of the peer nobody is judged for `grace_ns` from the start.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Heartbeat:
         send: Callable[[Beat], bool],
         fwd_beats: Callable[[], Mapping[int, FwdBeat]],
         reports: Reports,
+        grace_ns: int = 0,
     ) -> None:
         now = clock()
         self.interval_ns, self.timeout_ns = interval_ns, timeout_ns
@@ -111,7 +113,9 @@ class Heartbeat:
         self._heard = 0  # the peer's newest beat, on any path; 0: none of this session
         self._heard_ns = NEVER_NS
         self._tick_ns = now
-        self._judge_from_ns = now + timeout_ns
+        # A service that has just started knows no cookie before the peer's hello, which may take its time.
+        self._judge_from_ns = now + timeout_ns + grace_ns
+        self._grace = bool(grace_ns)
         self._passed_over = False
         self._fwd_numbers: dict[int, int] = {}  # NIC -> the newest of the peer's present session
         self._deadlines: dict[int, int | None] = {}  # leased pair -> the last that was reported
@@ -134,7 +138,7 @@ class Heartbeat:
         leased = [w.pair for w in self._watches.values() if w.leased and w.role is Role.PRIMARY]
         self._deadlines = {pair: self._deadlines.get(pair) for pair in leased}
         if self._watches.keys() - before.keys():
-            self._judge_from_ns = self._clock() + self.timeout_ns
+            self._judge_from_ns = max(self._judge_from_ns, self._clock() + self.timeout_ns)
 
     def set_granting(self, pair: int, on: bool) -> None:
         """On a secondary: the primary may speak because of our beats. Ends by itself when `lost` is reported."""
@@ -162,6 +166,8 @@ class Heartbeat:
 
     def peer_up(self, hello: Hello) -> None:
         """The link has a session."""
+        if self._grace:
+            self._grace, self._judge_from_ns = False, self._clock() + self.timeout_ns
         cookie = bytes.fromhex(hello.session)
         if cookie != self._peer_cookie:  # a new service: it numbers its beats anew
             self._peer_cookie, self._heard, self._heard_ns = cookie, 0, NEVER_NS

@@ -170,7 +170,7 @@ class Primary(Parting):
         if not self._recorded or not self.go(Trigger.COMMITTED, "the secondary has the whole state", commit):
             return
         self.tell_committed()
-        done = self.ledger.committed(self.out.clock())
+        done = self.ledger.committed(self.out.clock(), sent)
         took_us = (done.committed_ns - done.requested_ns) // 1000
         self.say(logging.INFO, "checkpoint committed", trigger=done.wish.trigger, took_us=took_us, released=sent)
 
@@ -189,7 +189,7 @@ class Primary(Parting):
         """See Supervisor. The first checkpoint follows when both sides are ready."""
         self.need(Trigger.PROTECT, "unprotect it first" if self.machine.state is State.HALTED else "it is protected")
         self._told = self._confirmed = self._recorded = False
-        self.ledger = Ledger(self.ledger.times, commits=self.ledger.commits)
+        self.ledger = Ledger(self.ledger.times, commits=self.ledger.commits, durations=self.ledger.durations)
         self.ledger.begin(self.out.clock())
         self.go(Trigger.PROTECT, "asked for by an operator")
         self.consider()

@@ -78,7 +78,8 @@ class Secondary(Supervisor):
     def _cleared(self) -> None:
         if self.machine.state is not State.SYNCING:
             self.out.control.set_state(self.number, State.CHECKPOINTING)
-        self.out.control.clear_translations(self.number)
+        if self.engine.copies:
+            self.out.control.clear_translations(self.number)
 
     def go(self, trigger: Trigger, reason: str, write: Callable[[], object] | None = None) -> bool:
         """See Supervisor. Whether the primary may speak because of this host follows."""

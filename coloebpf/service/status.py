@@ -124,6 +124,7 @@ class CheckpointStatus:
     reason: str
     duration_ms: float  # from the request to the commit
     ago_ms: float  # since the commit
+    released: int = 0  # packets that it let leave
 
 
 @dataclass(kw_only=True)

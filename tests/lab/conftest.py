@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from coloebpf.lab import commands
+from coloebpf.lab import commands, redis, services
 from coloebpf.lab.plan import LabPlan
+from tests.lab.service_lab import ServiceLab
 
 _numbers = itertools.count()
 CLI = (sys.executable, "-m", "coloebpf")
@@ -110,7 +111,7 @@ def _maker() -> Iterator[LabMaker]:
         made.append(plan)
         options = ["--guests", guests, "--nics", str(nics), "--mtu", str(mtu), *(["--vlan"] if vlan else [])]
         tail = ["--", *command] if command else []
-        done = coloebpf("lab", "up", "--name", plan.name, "--json", *options, *tail)
+        done = coloebpf("lab", "up", "--bare", "--name", plan.name, "--json", *options, *tail)
         assert done.returncode == 0, done.stderr
         return Lab(plan, json.loads(done.stdout))
 
@@ -143,3 +144,20 @@ def bare_lab(make_module_lab: LabMaker) -> Lab:
 def process_lab(make_module_lab: LabMaker) -> Lab:
     """Guests with addresses, in which a test starts its servers itself."""
     return make_module_lab(guests="process")
+
+
+@pytest.fixture(scope="session")
+def _services() -> Iterator[ServiceLab]:
+    plan = LabPlan(new_name(), "process", command=redis.SERVER, service=True)
+    try:
+        commands.up(plan, services.bring_up)
+        yield ServiceLab(plan)
+    finally:
+        commands.down(plan)
+
+
+@pytest.fixture
+def lab(_services: ServiceLab) -> Iterator[ServiceLab]:
+    """A lab with services and redis in its guests; a test begins with its fresh()."""
+    yield _services
+    _services.leave()

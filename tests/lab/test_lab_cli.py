@@ -99,7 +99,7 @@ def lacking(tmp_path: Path, what: str) -> dict[str, str]:
     if what == "bcc":
         (tmp_path / "bcc.py").write_text("raise ImportError('No module named bcc')\n")
         return environment
-    for tool in {"ethtool", "redis-server", "redis-benchmark"} - {what}:
+    for tool in {"ethtool", "ip", "redis-server", "redis-benchmark"} - {what}:
         (tmp_path / tool).symlink_to("/bin/true")
     return {**environment, "PATH": str(tmp_path)}
 

@@ -42,6 +42,7 @@ class LibxlColoEngine:
 
     name = "libxl-colo"
     signals_suspended = False
+    copies = True
 
     def __init__(
         self,

@@ -44,9 +44,15 @@ class ModelEngine:
     name = "model"
 
     def __init__(
-        self, emit: Emit, commit_delay_s: float, socket: Path | None = None, *, signals_suspended: bool = True
+        self,
+        emit: Emit,
+        commit_delay_s: float,
+        socket: Path | None = None,
+        *,
+        signals_suspended: bool = True,
+        copies: bool = True,
     ) -> None:
-        self.signals_suspended = signals_suspended
+        self.signals_suspended, self.copies = signals_suspended, copies
         self.commit_delay_s = commit_delay_s
         self.requests = self.commits = 0
         self.failed_over = False

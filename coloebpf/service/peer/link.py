@@ -128,6 +128,10 @@ class PeerLink:
         """Takes the files anew, for connections from here on. Raises PkiError, and keeps the old ones."""
         self._context = self._new_context()
 
+    def begin_anew(self, reason: str) -> None:
+        """Ends the session; the next one begins with hellos of what is served now."""
+        self._drop(reason)
+
     async def stop(self, reason: str) -> None:
         """Says bye, ends everything. on_down is not called any more."""
         session, self._session = self._session, None

@@ -1,0 +1,177 @@
+"""The lab's two services: `coloebpf run`, one in each host's network namespace, as on real hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from coloebpf import tuning
+from coloebpf.errors import LabError, NoServiceError, ServiceError
+from coloebpf.lab import hosts
+from coloebpf.lab.plan import HOSTS, MANAGEMENT, PAIR, LabPlan
+from coloebpf.model import Sizes
+from coloebpf.netns import inside
+from coloebpf.service.commands import client
+from coloebpf.service.peer import pki
+
+PAIR_NAME = "guest"
+PORT = 7788  # of the services' link
+START_TIMEOUT = 120.0  # seconds; two compiles on a busy machine
+NICENESS = -10  # as the systemd unit has it
+LOG = "service.log"
+
+
+def bring_up(plan: LabPlan) -> None:
+    """Start both services and put the pair in lock-step."""
+    # The number is the machine's, and a lab's namespace doesn't show it.
+    tuning.raise_backlog(2 * Sizes.of_mtu(plan.mtu).slots, first="/proc/thread-self/ns/net")
+    pki.init_pki(plan.run_dir / "pki", HOSTS)
+    running = {}
+    for host in HOSTS:
+        _make_switch(plan, host)
+        configure(plan, host)
+        running[host] = start(plan, host)
+    protect(plan, running)
+
+
+def protect(plan: LabPlan, running: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    """Begin lock-step as soon as both services have found each other."""
+    for host, process in running.items():
+        _wait(plan, host, process, _ready)
+    client_of(plan, "primary", "protect", client.ORDER_S, pair=PAIR_NAME)
+    _wait(plan, "secondary", running["secondary"], lambda service: service["pairs"][0]["state"] == "lockstep")
+
+
+def directory(plan: LabPlan, host: str) -> Path:
+    """Where a service has its files: configuration, log, sockets."""
+    return plan.run_dir / host
+
+
+def configure(plan: LabPlan, host: str, changes: str = "", pair_changes: str = "") -> Path:
+    """Write a host's configuration; returns its path. Keys added by the caller must be none of those here."""
+    home, other = directory(plan, host), HOSTS[1 - HOSTS.index(host)]
+    home.mkdir(exist_ok=True)
+    pki_dir = plan.run_dir / "pki"
+    lines = [
+        *("[host]", f'name = "{host}"', f'control_socket = "{home}/control.sock"', f'pins = "{plan.pin_dir(host)}"'),
+        *(f"mtu = {plan.mtu}", changes),
+        *("[peer]", f'name = "{other}"', f'listen = "{MANAGEMENT[host]}:{PORT}"'),
+        *(f'connect = "{MANAGEMENT[other]}:{PORT}"', f'ca = "{pki_dir}/ca.pem"'),
+        *(f'certificate = "{pki_dir}/{host}.pem"', f'key = "{pki_dir}/{host}.key"'),
+        *(
+            f"heartbeat_interval_ms = {min(50, plan.peer_timeout_ms // 4)}",
+            f"heartbeat_timeout_ms = {plan.peer_timeout_ms}",
+        ),
+    ]
+    if plan.arbiter == "command":
+        lines += ["[arbiter.command]", f'fence = ["{switch_of(plan, other)}"]']
+    lines += [
+        *("[[pair]]", f'name = "{PAIR_NAME}"', f"number = {PAIR}", f'role = "{host}"', 'engine = "model"'),
+        *(f'arbiter = "{plan.arbiter}"', pair_changes),
+        # A process can't be copied: it keeps its connections' numbers, and what it knows.
+        *("[pair.model]", f"copies = {json.dumps(not plan.talks)}", f'socket = "{home}/engine.sock"'),
+    ]
+    for nic in plan.nic_list():
+        lines += [
+            *("[[pair.nic]]", f"number = {nic.nic}", f'vif = "{nic.vif}"', f'fwd = "{nic.fwd}"', f"vlan = {nic.vlan}"),
+            *(f'mac = "{nic.mac}"', 'bridge = "br0"'),
+        ]
+    path = home / "coloebpf.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def switch_of(plan: LabPlan, host: str) -> Path:
+    """The host's power switch, which the other one's arbiter may use."""
+    return plan.run_dir / f"switch-off-{host}"
+
+
+def _make_switch(plan: LabPlan, host: str) -> None:
+    path = switch_of(plan, host)
+    down = "".join(f"link set {device} down\n" for device in plan.devices(host))
+    path.write_text(
+        "#!/bin/sh\n"
+        "# As power loss: the host's devices are down, its processes gone. A shell, for a takeover waits for it.\n"
+        f"set -e\nip -n {plan.namespace(host)} -batch - <<END\n{down}END\n"
+        f"ip netns pids {plan.namespace(host)} | xargs -r kill -9\n"
+    )
+    path.chmod(0o700)
+
+
+def switch_off(plan: LabPlan, host: str) -> None:
+    """What a power failure does to a host."""
+    subprocess.run([switch_of(plan, host)], check=True)
+
+
+def start(plan: LabPlan, host: str, environ: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Run a host's service with the configuration that is there. `environ`: more variables for it."""
+    home = directory(plan, host)
+    with inside(plan.namespace(host)), open(home / LOG, "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "coloebpf", "run", "--config", str(home / "coloebpf.toml")],
+            # It may not be installed.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    with suppress(OSError):  # where that is not allowed it is slower to answer, no more
+        os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+    return process
+
+
+def client_of(plan: LabPlan, host: str, command: str, timeout_s: float = client.ANSWER_S, **arguments: str) -> Any:
+    """One request to a host's service. Raises NoServiceError if there is none, ServiceError with its own words."""
+    with client.connected(directory(plan, host) / "control.sock") as service:
+        return service.ask(command, timeout_s, **arguments)
+
+
+def service_status(plan: LabPlan, host: str) -> dict[str, Any] | None:
+    """What a service says of itself; None if there is none."""
+    with suppress(NoServiceError):
+        found: dict[str, Any] = client_of(plan, host, "status")["service"]
+        return found
+    return None
+
+
+def snapshot(plan: LabPlan, host: str) -> dict[str, Any]:
+    """Counters and states of one host, by its service, or out of the maps if there is none."""
+    with suppress(NoServiceError):
+        found: dict[str, Any] | None = client_of(plan, host, "status")["dataplane"]
+        if found is not None:
+            return found
+    return hosts.snapshot(plan, host)
+
+
+def checkpoint(plan: LabPlan) -> dict[str, int]:
+    """A checkpoint by the primary's service; returns the new epoch and how many packets were sent."""
+    client_of(plan, "primary", "checkpoint", client.ORDER_S, pair=PAIR_NAME)
+    pair = client_of(plan, "primary", "status")["service"]["pairs"][0]
+    return {"epoch": pair["epoch"], "flushed": pair["last"]["released"]}
+
+
+def _ready(service: dict[str, Any]) -> bool:
+    return bool(service["pairs"] and service["pairs"][0]["engine_ready"] and service["peer"]["connected"])
+
+
+def _wait(
+    plan: LabPlan, host: str, process: subprocess.Popen[bytes], condition: Callable[[dict[str, Any]], bool]
+) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        with suppress(ServiceError):
+            if condition(client_of(plan, host, "status")["service"]):
+                return
+        if process.poll() is not None or time.monotonic() > deadline:
+            words = (directory(plan, host) / LOG).read_text(errors="replace").strip().splitlines()
+            what = "does not get ready" if process.returncode is None else f"ended with code {process.returncode}"
+            raise LabError(f"the {host}'s service {what}: {words[-1] if words else 'it said nothing'}")
+        time.sleep(0.05)

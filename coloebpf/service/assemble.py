@@ -1,0 +1,303 @@
+"""One host's service: every part of it, made out of the configuration and told of each other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from coloebpf.control import Control
+from coloebpf.errors import AnnounceError, ArbiterError, ColoError, EngineError, ServiceError
+from coloebpf.model import Role, Sizes
+from coloebpf.service import arbiters
+from coloebpf.service.announce import AddressBook, announce
+from coloebpf.service.arbiters.base import Arbiter
+from coloebpf.service.comparer import Comparer, Walk
+from coloebpf.service.config import Config, NicConfig, PairConfig, PeerConfig
+from coloebpf.service.control_socket import ControlSocket
+from coloebpf.service.engines import making
+from coloebpf.service.fdstore import Kept, Notifier
+from coloebpf.service.feed import Feed
+from coloebpf.service.heartbeat import Heartbeat, Reports, Watch
+from coloebpf.service.hooks import Hooks
+from coloebpf.service.log import say
+from coloebpf.service.machine import Change
+from coloebpf.service.metrics_server import MetricsServer, Page
+from coloebpf.service.orders import Orders
+from coloebpf.service.pair import Outside
+from coloebpf.service.peer.link import PeerLink
+from coloebpf.service.peer.messages import SESSION_BYTES, Beat, Bye, Hello, Message
+from coloebpf.service.peer.pki import Expiry, Identity
+from coloebpf.service.peer.witness import lease_of
+from coloebpf.service.primary import Primary
+from coloebpf.service.records import MapReader
+from coloebpf.service.report import Reporter
+from coloebpf.service.secondary import Secondary
+
+log = logging.getLogger("coloebpf.service")
+
+MS = 1_000_000  # ns
+GRACE_NS = 3_000 * MS  # for the first hello: the other side tries to connect once a second, TLS included
+LOOKS = 4  # walks in a compare_timeout, and signs of life in a service_loss_after
+SIGN_S = 0.5  # seconds between two signs of life at most
+
+
+class Service:
+    """From start() to stop(). `ended` gets the exception of a part that must not end. `troubles`: for the status."""
+
+    def __init__(
+        self,
+        config: Config,
+        notifier: Notifier,
+        kept: Sequence[Kept] = (),
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.config, self.notifier, self.clock = config, notifier, clock
+        self.hooks = Hooks(config.host.pins, Sizes.of_mtu(config.host.mtu))
+        self.pairs: dict[int, Primary | Secondary] = {}
+        self.link: PeerLink | None = None
+        self.heartbeat: Heartbeat | None = None
+        self.expiries: list[Expiry] = []
+        self.troubles: dict[str, str] = {}
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._kept = making.KeptConnections(kept, notifier)
+        self._arbiters: dict[str, Arbiter] = {}
+        self._reporter = Reporter(self, clock)
+        self._socket = ControlSocket(config.host.control_socket, self._reporter, Orders(self.all))
+        self._metrics: MetricsServer | None = None
+        self._feed: Feed | None = None
+        self._book: AddressBook | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Serves. A dataplane that runs already is worked at once, and loaded anew meanwhile. Raises a ColoError."""
+        await self._socket.start()  # first, for it finds out whether there is another service
+        running = self.hooks.running
+        if running:
+            self.hooks.open()
+        else:
+            await self._load(self.config.pairs)
+            self.hooks.open()
+        if self.config.peer is not None:
+            self._make_link(self.config.peer)
+        self._book = AddressBook(self.control)
+        reader = MapReader(self.control)
+        comparer, walk = Comparer(reader, self.clock), Walk(self.control, reader, self.clock)
+        self._feed = Feed(self.control, comparer, walk, self._book, self)
+        for pair in self.config.pairs:
+            await self.add(pair)
+        self._kept.close()
+        self.hooks.set_timeout(self.config.pairs)
+        self.watch()
+        self._feed.start()
+        if self.link is not None and self.heartbeat is not None:
+            self.link.start()
+            self._must_run(self.heartbeat.run())
+        self._must_run(self._feed.look())
+        self._must_run(self._feed.walk(self._walk_period_s))
+        self._must_run(self._show_life())
+        if (listen := self.config.host.metrics_listen) is not None:
+            page = Page(self._reporter.status, self._reporter.snapshot, time.monotonic)
+            self._metrics = MetricsServer(page, listen.host, listen.port)
+            await self._metrics.start()
+        if running:
+            self.spawn(self._load_again())
+
+    async def stop(self, reason: str) -> None:
+        """Lets go of everything; the dataplane goes on as it is."""
+        await self._socket.stop()
+        if self._metrics is not None:
+            await self._metrics.stop()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._feed is not None:
+            self._feed.stop()
+        for pair in self.all():
+            await pair.stop()
+        if self.link is not None:
+            await self.link.stop(reason)
+        for arbiter in self._arbiters.values():
+            await arbiter.close()
+        self.hooks.close()
+
+    # ---- what others look at -----------------------------------------------------------------------------------------
+
+    @property
+    def control(self) -> Control:
+        return self.hooks.control
+
+    def all(self) -> Iterable[Primary | Secondary]:
+        """The pairs, by number."""
+        return [self.pairs[number] for number in sorted(self.pairs)]
+
+    def of_nic(self, nic: int) -> Primary | Secondary | None:
+        """The pair that a NIC is of."""
+        return next((p for p in self.pairs.values() if any(n.number == nic for n in p.config.nics)), None)
+
+    def findings(self, pair: int) -> Mapping[str, int]:
+        """What the comparer has found of a pair."""
+        return self._feed.findings.get(pair, {}) if self._feed else {}
+
+    # ---- pairs -------------------------------------------------------------------------------------------------------
+
+    async def add(self, config: PairConfig) -> None:
+        """Serves a pair whose NICs are attached. Raises ColoError."""
+        heartbeat, link = self.heartbeat, self.link
+        assert heartbeat is not None and link is not None, "pairs need a peer: config_checks"
+        arbiter = await self._arbiter(config.arbiter)
+        outside = Outside(self.control, link.send, heartbeat, arbiter, self.clock, self._announce)
+        kind = Primary if config.role is Role.PRIMARY else Secondary
+        pair = kind(config, partial(making.make, config, self.notifier), outside)
+        self.hooks.exempt(config)
+        pair.machine.listeners.append(self._changed)
+        self._kept.hand_over(config, pair.engine, self.control.state(config.number))
+        try:
+            await pair.start()
+        except EngineError as e:
+            await pair.stop()
+            raise ServiceError(f"pair {config.name} can't be served: {e}") from e
+        self.pairs[config.number] = pair
+
+    async def drop(self, number: int) -> None:
+        """Serves it no more."""
+        await self.pairs.pop(number).stop()
+
+    def watch(self) -> None:
+        """Heartbeats for just the pairs that are served."""
+        if self.heartbeat is not None:
+            self.heartbeat.watch(
+                Watch(
+                    pair=p.number, role=p.config.role, leased=p.out.arbiter.leased,
+                    fwds={nic.number: (nic.fwd, nic.vlan) for nic in p.config.nics},
+                )
+                for p in self.all()
+            )  # fmt: skip
+
+    def _changed(self, change: Change) -> None:
+        if change.new is not change.old:
+            self.notifier.status(", ".join(f"{p.config.name}: {p.machine.state.name.lower()}" for p in self.all()))
+
+    async def _arbiter(self, kind: str) -> Arbiter:
+        if kind not in self._arbiters:
+            self._arbiters[kind] = arbiters.make(kind, self.config.arbiter, self.config.host.name, self.clock)
+            try:
+                await self._arbiters[kind].check()
+            except ArbiterError as e:
+                say(log, logging.WARNING, "the arbiter would not answer now", arbiter=kind, error=e)
+        return self._arbiters[kind]
+
+    def _announce(self, pair: PairConfig) -> None:
+        for nic in pair.nics:
+            self.spawn(self._announce_nic(pair, nic))
+
+    async def _announce_nic(self, pair: PairConfig, nic: NicConfig) -> None:
+        assert self._book is not None
+        try:
+            await announce(nic.vif, nic.mac, partial(self._book.addresses, nic.number))
+        except AnnounceError as e:
+            say(log, logging.ERROR, "the guest's new place is not announced", pair=pair.name, nic=nic.number, error=e)
+
+    # ---- the other host ----------------------------------------------------------------------------------------------
+
+    def _make_link(self, peer: PeerConfig) -> None:
+        """Raises PkiError or LinkError."""
+        identity = Identity(peer.ca, peer.certificate, peer.key)
+        self.expiries = identity.check(self.config.host.name, time.time())
+        cookie, timeout_ns = secrets.token_bytes(SESSION_BYTES), peer.heartbeat_timeout_ms * MS
+        interval_ns, lease_ns = peer.heartbeat_interval_ms * MS, lease_of(timeout_ns)
+        self.link = PeerLink(
+            self.config.host.name, peer.name, identity, listen=peer.listen, connect=peer.connect, session=cookie,
+            interval_s=interval_ns / 1e9, lease_ns=lease_ns, pairs=lambda: [pair.note() for pair in self.all()],
+            on_message=self._received, on_up=self._link_up, on_down=self._link_down,
+        )  # fmt: skip
+        self.heartbeat = Heartbeat(
+            session=cookie, interval_ns=interval_ns, timeout_ns=timeout_ns, lease_ns=lease_ns, clock=self.clock,
+            send=self.link.send, fwd_beats=self.control.fwd_beats, grace_ns=GRACE_NS,
+            reports=Reports(
+                lost=lambda number: self.pairs[number].peer_lost(),
+                back=lambda number: self.pairs[number].peer_back(),
+                lease=self._leave, expect=self.control.expect_beats,
+            ),
+        )  # fmt: skip
+
+    def _leave(self, number: int, deadline_ns: int) -> None:
+        pair = self.pairs[number]
+        if isinstance(pair, Primary):
+            pair.lease(deadline_ns)
+
+    def _link_up(self, hello: Hello) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.peer_up(hello)
+        notes = {note.number: note for note in hello.pairs}
+        for pair in self.all():
+            pair.link_up(notes.get(pair.number))
+
+    def _link_down(self, _reason: str) -> None:
+        for pair in self.all():
+            pair.link_down()
+
+    def _received(self, message: Message) -> None:
+        match message:
+            case Beat():
+                if self.heartbeat is not None:
+                    self.heartbeat.received(message)
+            case Bye():
+                say(log, logging.WARNING, "the other host's service ends", reason=message.reason)
+            case Hello():
+                raise AssertionError("the link keeps hellos to itself")
+            case _:
+                pair = self.pairs.get(message.pair)
+                if pair is not None:
+                    pair.received(message)
+
+    # ---- tasks -------------------------------------------------------------------------------------------------------
+
+    async def _load(self, pairs: Sequence[PairConfig]) -> None:
+        await self.hooks.load()
+        for pair in pairs:
+            await self.hooks.attach(pair)
+
+    async def _load_again(self) -> None:
+        """Behind a restart: what ran before goes on, if this fails."""
+        try:
+            await self._load(self.config.pairs)
+        except ColoError as e:
+            self.troubles["dataplane"] = f"the dataplane of the service before goes on, it can't be loaded anew: {e}"
+            say(log, logging.ERROR, "the dataplane can't be loaded anew", error=e)
+
+    async def _show_life(self) -> None:
+        while True:
+            for pair in self.all():
+                pair.tick()
+            shortest = min((pair.config.service_loss_after_ms for pair in self.pairs.values()), default=0)
+            await asyncio.sleep(min(SIGN_S, shortest / LOOKS / 1000) or SIGN_S)
+
+    def _walk_period_s(self) -> float:
+        timeouts = [pair.config.compare_timeout_ms for pair in self.pairs.values()]
+        return min(timeouts, default=1000) / LOOKS / 1000
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that ends with the service at the latest."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of the service failed", exc_info=error)
+
+    def _must_run(self, work: Coroutine[Any, Any, None]) -> None:
+        def fail(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and not self.ended.done():
+                self.ended.set_exception(ServiceError("a part of the service has failed, see the log above"))
+
+        self.spawn(work).add_done_callback(fail)

@@ -1,0 +1,126 @@
+"""`coloebpf run`: the process around a host's service. Signals, systemd, the log, and a changed configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from coloebpf import __version__
+from coloebpf.errors import ColoError
+from coloebpf.service import config as configuration
+from coloebpf.service.assemble import Service
+from coloebpf.service.config import Config
+from coloebpf.service.fdstore import Notifier, taken_back, watchdog_period_s
+from coloebpf.service.log import say
+from coloebpf.service.reload import apply
+
+log = logging.getLogger("coloebpf.daemon")
+
+
+def run(path: Path) -> int:
+    """Serves until SIGTERM or SIGINT. Raises ConfigErrors for a file that can't be used, a ColoError for what fails."""
+    config = configuration.load(path)
+    begin_log(config.host.log_level, os.environ)
+    asyncio.run(serve(config, Notifier.from_environment()))
+    return 0
+
+
+def begin_log(level: str, environ: Mapping[str, str]) -> None:
+    """To standard error; the journal has the time already."""
+    when = "" if "JOURNAL_STREAM" in environ else "%(asctime)s "
+    logging.basicConfig(stream=sys.stderr, format=f"{when}%(levelname)s %(name)s: %(message)s", force=True)
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    logging.getLogger().setLevel(level.upper())
+
+
+async def serve(config: Config, notifier: Notifier) -> None:
+    """From the start to the signal that ends it."""
+    loop = asyncio.get_running_loop()
+    say(log, logging.INFO, "starts", version=__version__, host=config.host.name, config=config.path)
+    daemon = Daemon(Service(config, notifier, taken_back()), notifier)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, daemon.end, number)
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    await daemon.run()
+
+
+class Daemon:
+    """A service and what comes to it from outside."""
+
+    def __init__(self, service: Service, notifier: Notifier) -> None:
+        self._service, self._notifier = service, notifier
+        self._signal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._reloading: asyncio.Task[None] | None = None
+        self._again = False
+
+    async def run(self) -> None:
+        """Raises what the service could not be started by, or has failed with."""
+        watchdog = asyncio.create_task(self._watchdog())
+        reason = "its start has failed"
+        try:
+            starting = asyncio.create_task(self._service.start())
+            await asyncio.wait((starting, self._signal), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                await starting
+                self._notifier.ready(f"{len(self._service.pairs)} pairs")
+                say(log, logging.INFO, "ready", pairs=len(self._service.pairs))
+                reason = "a part of it has failed"
+                await asyncio.wait((self._service.ended, self._signal), return_when=asyncio.FIRST_COMPLETED)
+                if self._service.ended.done():
+                    await self._service.ended
+            starting.cancel()
+            reason = self._signal.result()
+        finally:
+            say(log, logging.INFO, "ends", reason=reason)
+            self._notifier.stopping(reason)
+            for task in (self._reloading, watchdog):
+                if task is not None:
+                    task.cancel()
+            await self._service.stop(reason)
+            self._notifier.close()
+
+    def end(self, number: signal.Signals) -> None:
+        """A signal asks for the end; a second one changes nothing."""
+        if not self._signal.done():
+            self._signal.set_result(signal.Signals(number).name)
+
+    def reload(self) -> None:
+        """SIGHUP. One that comes while another is worked off is worked off behind it."""
+        if self._reloading is not None and not self._reloading.done():
+            self._again = True
+            return
+        self._again = False
+        self._reloading = asyncio.get_running_loop().create_task(self._reload())
+
+    async def _reload(self) -> None:
+        self._notifier.reloading()
+        self._service.troubles.pop("reload", None)
+        path = self._service.config.path
+        try:
+            await apply(self._service, configuration.load(path))
+            set_level(self._service.config.host.log_level)
+        except ColoError as e:
+            self._service.troubles["reload"] = f"the changed {path} was refused, what was before stays: {e}"
+            for line in str(e).splitlines():
+                say(log, logging.ERROR, "the changed configuration is refused", error=line)
+        except Exception:
+            log.exception("the changed configuration could not be applied")
+        finally:
+            self._notifier.ready()
+        if self._again:
+            asyncio.get_running_loop().call_soon(self.reload)
+
+    async def _watchdog(self) -> None:
+        """On the event loop, so that systemd hears nothing when that stands still."""
+        period = watchdog_period_s()
+        while period:
+            self._notifier.watchdog()
+            await asyncio.sleep(period)

@@ -1,0 +1,58 @@
+"""A pair's engine, as its configuration names it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+
+from coloebpf.control import PairState
+from coloebpf.errors import NotifyError
+from coloebpf.model import State
+from coloebpf.service.config import PairConfig
+from coloebpf.service.engine import Emit, Engine
+from coloebpf.service.engines import xl
+from coloebpf.service.engines.libxl_colo import LibxlColoEngine, kept_name
+from coloebpf.service.engines.model import ModelEngine
+from coloebpf.service.fdstore import Kept, Notifier
+from coloebpf.service.log import say
+
+log = logging.getLogger("coloebpf.engines")
+
+
+def make(pair: PairConfig, notifier: Notifier, emit: Emit) -> Engine:
+    """The engine, not started."""
+    if pair.libxl_colo is not None and pair.engine == "libxl-colo":
+        alive = partial(xl.domain_alive, pair.libxl_colo.domain)
+        return LibxlColoEngine(pair.name, pair.role, pair.libxl_colo.listen, emit, alive, notifier)
+    return ModelEngine(emit, pair.model.commit_delay_ms / 1000, pair.model.socket, copies=pair.model.copies)
+
+
+class KeptConnections:
+    """libxl's connections that an earlier process accepted, and systemd has kept."""
+
+    def __init__(self, kept: Iterable[Kept], notifier: Notifier) -> None:
+        self._kept: dict[str, Kept] = {}
+        self._notifier = notifier
+        for one in kept:
+            if one.name in self._kept:  # the newest is the one in use
+                self._kept[one.name].close()
+            self._kept[one.name] = one
+
+    def hand_over(self, pair: PairConfig, engine: Engine, state: PairState) -> None:
+        """To an engine before its start, if there is one for it. In any state but lock-step a checkpoint may be due."""
+        if not isinstance(engine, LibxlColoEngine) or (one := self._kept.pop(kept_name(pair.name), None)) is None:
+            return
+        try:
+            engine.adopt(one.socket(), outstanding=state.state is not State.LOCKSTEP)
+        except NotifyError as e:
+            say(log, logging.ERROR, "what systemd has kept is of no use", pair=pair.name, error=e)
+            one.close()
+
+    def close(self) -> None:
+        """Nobody wants the rest."""
+        for name, one in self._kept.items():
+            say(log, logging.WARNING, "a kept connection is of no pair any more", name=name)
+            self._notifier.drop(name)
+            one.close()
+        self._kept.clear()

@@ -1,0 +1,129 @@
+"""This host's dataplane as the configuration wants it: loaded, on the NICs' devices, with exemptions and timeouts.
+
+Compiling takes seconds and netlink some 0.1 s, so both are done in worker threads, in the network namespace of the
+process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from coloebpf import pins
+from coloebpf.control import Control
+from coloebpf.dataplane import Dataplane
+from coloebpf.detaching import detach
+from coloebpf.errors import ServiceError
+from coloebpf.model import Sizes, State
+from coloebpf.service.config import Config, Exemption, PairConfig
+from coloebpf.service.log import say
+
+log = logging.getLogger("coloebpf.hooks")
+
+MS = 1_000_000  # ns
+LOADING = "the dataplane is being loaded: wait for some seconds"
+
+
+class Hooks:
+    """The dataplane at `pin_dir`. `control` is there from open() on."""
+
+    def __init__(self, pin_dir: Path, sizes: Sizes) -> None:
+        self.pin_dir, self._sizes = pin_dir, sizes
+        self._plane: Dataplane | None = None
+        self._control: Control | None = None
+
+    @property
+    def running(self) -> bool:
+        """An earlier service has left a dataplane that goes on."""
+        return pins.any_there(self.pin_dir)
+
+    @property
+    def control(self) -> Control:
+        """Raises ServiceError before it is there."""
+        if self._control is None:
+            raise ServiceError(LOADING)
+        return self._control
+
+    def open(self) -> Control:
+        """Works what is pinned. Raises BpfError if not all of it is there."""
+        self._control = Control.open(self.pin_dir)
+        return self._control
+
+    async def load(self) -> None:
+        """Compiles and loads, unless the running programs are the same; attach() replaces those. Raises ColoError."""
+        begin = time.monotonic()
+        self._plane = await asyncio.to_thread(Dataplane.reuse, self.pin_dir, self._sizes)
+        same = self._plane is not None
+        if not same:
+            self._plane = await asyncio.to_thread(Dataplane.load, self.pin_dir, self._sizes)
+        took_s = f"{time.monotonic() - begin:.1f}"
+        say(log, logging.INFO, "dataplane is loaded", pins=self.pin_dir, as_before=same, took_s=took_s)
+
+    async def attach(self, pair: PairConfig) -> None:
+        """Puts the programs on the pair's devices, in place of those there. Raises a child of ColoError."""
+        for nic in pair.nics:
+            await asyncio.to_thread(self._loaded().attach, nic.spec(pair))
+            say(log, logging.INFO, "attached", pair=pair.name, nic=nic.number, vif=nic.vif, fwd=nic.fwd)
+
+    async def detach(self, pair: PairConfig) -> None:
+        """Takes them off."""
+        for nic in pair.nics:
+            self.control.set_exempts(nic.number, ())
+            await asyncio.to_thread(self._loaded().detach, nic.number)
+            say(log, logging.INFO, "detached", pair=pair.name, nic=nic.number, vif=nic.vif, fwd=nic.fwd)
+
+    def exempt(self, pair: PairConfig) -> None:
+        """Makes the maps have the pair's exemptions and no others; each is named in the log."""
+        for nic in pair.nics:
+            mine = [exempt for exempt in pair.exempts if exempt.nic == nic.number]
+            self.control.set_exempts(nic.number, (_entry(exempt) for exempt in mine))
+            for exempt in mine:
+                say(
+                    log, logging.WARNING, "passes uncompared", pair=pair.name, nic=nic.number,
+                    protocol=exempt.protocol, guest_port=exempt.guest_port or "every", remote=exempt.remote,
+                )  # fmt: skip
+
+    def set_timeout(self, pairs: Iterable[PairConfig]) -> None:
+        """The programs know one time after which a packet is late: the shortest of all pairs'."""
+        timeouts = {pair.compare_timeout_ms for pair in pairs}
+        if not timeouts:
+            return
+        self.control.set_compare_timeout(min(timeouts) * MS)
+        if len(timeouts) > 1:
+            say(
+                log, logging.WARNING, "pairs differ in compare_timeout_ms; the shortest is taken for all",
+                compare_timeout_ms=min(timeouts),
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Lets go of the maps; the dataplane goes on."""
+        if self._control is not None:
+            self._control.close()
+
+    def _loaded(self) -> Dataplane:
+        if self._plane is None:
+            raise ServiceError(LOADING)
+        return self._plane
+
+
+def _entry(exempt: Exemption) -> tuple[int, int, str]:
+    return exempt.protocol, exempt.guest_port, exempt.remote
+
+
+def take_down(config: Config) -> bool:
+    """Takes the dataplane off this host, for good; False if there was none.
+
+    Raises ServiceError while a pair is protected: what it holds would be lost, and its SVM would speak.
+    """
+    if not pins.any_there(config.host.pins):
+        return False
+    with Control.open(config.host.pins) as control:
+        for pair in config.pairs:
+            state = control.state(pair.number).state
+            if state not in (State.UNPROTECTED, State.PASSTHROUGH):
+                raise ServiceError(f"pair {pair.name} is {state.name.lower()}: coloebpf unprotect {pair.name} first")
+    detach(config.host.pins, [device for pair in config.pairs for nic in pair.nics for device in (nic.vif, nic.fwd)])
+    return True

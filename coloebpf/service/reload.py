@@ -1,0 +1,84 @@
+"""A changed configuration, applied to a running service: what it does not concern is not touched."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from coloebpf.errors import ServiceError
+from coloebpf.model import State
+from coloebpf.service import config_reload
+from coloebpf.service.assemble import Service
+from coloebpf.service.config import Config, PairConfig
+from coloebpf.service.config_reload import PairChange, Reload
+from coloebpf.service.log import say
+
+log = logging.getLogger("coloebpf.reload")
+
+
+async def apply(service: Service, new: Config) -> None:
+    """Raises ServiceError, and has changed nothing, if a protected pair would have to go or to begin anew.
+
+    What only a restart of the service can change stays as it is, and is said.
+    """
+    change = config_reload.diff(service.config, new)
+    anew = [one for one in change.changed if one.restart]
+    for pair in (*change.removed, *(one.old for one in anew)):
+        _check_idle(service, pair, anew)
+    new = _kept(service.config, new, change)
+    for pair in change.removed:
+        await _end(service, pair)
+    for one in anew:
+        await _end(service, one.old)
+    for one in change.changed:
+        if not one.restart:
+            await _live(service, one)
+    begun = [*change.added, *(one.new for one in anew)]
+    service.config = new
+    for pair in begun:
+        await service.hooks.attach(pair)
+        await service.add(pair)
+    service.hooks.set_timeout(new.pairs)
+    service.watch()
+    if service.link is not None and (begun or change.removed):
+        service.link.begin_anew("the pairs have changed")  # the other side hears of them in a hello
+    say(
+        log, logging.INFO, "configuration is reloaded", unchanged=len(change.unchanged), changed=len(change.changed),
+        added=len(change.added), removed=len(change.removed),
+    )  # fmt: skip
+
+
+def _check_idle(service: Service, pair: PairConfig, anew: list[PairChange]) -> None:
+    state = service.pairs[pair.number].machine.state
+    if state is State.UNPROTECTED:
+        return
+    keys = next((", ".join(one.keys) for one in anew if one.old is pair), "")
+    what = f"{keys} can't be changed" if keys else "it can't be removed"
+    raise ServiceError(f"pair {pair.name} is {state.name.lower()}, so {what}: coloebpf unprotect {pair.name} first")
+
+
+def _kept(old: Config, new: Config, change: Reload) -> Config:
+    """The new file with the old one's sections that a running service can't change."""
+    if change.service_keys:
+        say(
+            log, logging.WARNING, "a reload does not change this: systemctl restart coloebpf",
+            keys=", ".join(change.service_keys),
+        )  # fmt: skip
+    host = replace(old.host, log_level=new.host.log_level)
+    return replace(new, host=host, peer=old.peer, arbiter=old.arbiter)
+
+
+async def _end(service: Service, pair: PairConfig) -> None:
+    await service.drop(pair.number)
+    service.watch()
+    await service.hooks.detach(pair)
+
+
+async def _live(service: Service, change: PairChange) -> None:
+    new = change.new
+    if any(key.startswith("nic") for key in change.keys):
+        await service.hooks.attach(new)  # over the running one: policies are in what it writes
+    if "exempt" in change.keys:
+        service.hooks.exempt(new)
+    service.pairs[new.number].reconfigure(new)
+    say(log, logging.INFO, "pair is changed", pair=new.name, keys=", ".join(change.keys))

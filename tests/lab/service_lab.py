@@ -1,0 +1,200 @@
+"""A lab whose services a test kills, cuts off and starts again, with a client that counts meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from coloebpf.control import Control, State
+from coloebpf.errors import ColoError
+from coloebpf.lab import guests, redis, services
+from coloebpf.lab.plan import GUESTS, HOSTS, MGMT, PAIR, LabPlan
+from coloebpf.netns import inside
+
+PATIENT_MS = 20_000  # a peer timeout that no test reaches: what happens is the test's doing alone
+SOON = 15.0  # seconds that anything may take on a busy machine
+
+
+class Counter(threading.Thread):
+    """A client that lets redis count, one request after the other, and notes what is not the next number.
+
+    The replica that answers must know of all that was answered before: a number that comes twice or is left out is a
+    byte that was not proven.
+    """
+
+    def __init__(self, connection: redis.Connection) -> None:
+        super().__init__(daemon=True)
+        self.longest_s, self.count, self.wrong, self.broken = 0.0, 0, "", ""
+        self.since = time.monotonic()  # of the last answer
+        self._connection, self._ended = connection, threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self._ended.is_set():
+                answer = self._connection.ask("INCR", "counter").decode()
+                now = time.monotonic()
+                self.longest_s, self.since = max(self.longest_s, now - self.since), now
+                self.count += 1
+                if answer != str(self.count):
+                    self.wrong = f"{answer} instead of {self.count}"
+                    return
+                self._ended.wait(0.002)  # some hundred requests a second leave the machine to others
+        except (OSError, ColoError) as e:
+            self.broken = str(e)
+
+    def goes_on(self, answers: int = 20) -> None:
+        """Returns after so many more answers."""
+        begin = self.count
+        until(lambda: self.count >= begin + answers or self.wrong or self.broken, "the client gets its answers")
+        self.check()
+
+    def check(self) -> None:
+        """Nothing was wrong so far."""
+        assert (self.wrong, self.broken) == ("", "")
+
+    def finish(self) -> None:
+        self._ended.set()
+        self.join(SOON)
+        self._connection.close()
+
+
+class ServiceLab:
+    """The lab `plan`, up; each test begins with fresh()."""
+
+    def __init__(self, plan: LabPlan) -> None:
+        self.plan = plan
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.counter: Counter | None = None
+
+    # ---- as new ----------------------------------------------------------------------------------------------------
+
+    def fresh(self, arbiter: str = "command", peer_timeout_ms: int = PATIENT_MS, **changes: str) -> Counter:
+        """Everything up and in lock-step, and a client that counts. `changes`: of services.configure()."""
+        self.leave()
+        self.plan = replace(self.plan, arbiter=arbiter, peer_timeout_ms=peer_timeout_ms)
+        for node in (*HOSTS, *GUESTS):
+            self.links(node, "up", *self.plan.devices(node))
+        self.links("lan", "down", *HOSTS)  # the switch forgets where it saw the guest
+        self.links("lan", "up", *HOSTS)
+        for host in HOSTS:
+            with inside(self.plan.namespace(host)), Control.open(self.plan.pin_dir(host)) as control:
+                control.set_deadline(PAIR, 0)
+                control.set_open_after(PAIR, 0)
+                control.set_state(PAIR, State.UNPROTECTED)
+            services.configure(self.plan, host, **changes)
+        for guest in GUESTS:
+            replica = redis.Connection(self.plan, guest, "127.0.0.1")
+            replica.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            replica.ask("FLUSHALL")
+            replica.close()
+        self.start(*HOSTS)
+        services.protect(self.plan, self.running)
+        self.counter = Counter(self.connect())
+        self.counter.start()
+        self.counter.goes_on()
+        return self.counter
+
+    def leave(self) -> None:
+        """Ends the client and the services."""
+        if self.counter is not None:
+            self.counter.finish()
+        for host in HOSTS:
+            self.kill(host)
+
+    # ---- services --------------------------------------------------------------------------------------------------
+
+    def start(self, *hosts: str, environ: dict[str, str] | None = None) -> None:
+        for host in hosts:
+            self.running[host] = services.start(self.plan, host, environ)
+
+    def kill(self, host: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal to a host's service, and waits for its end if it is to end by it."""
+        for pid in guests.running(self.plan, host):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if number in (signal.SIGKILL, signal.SIGTERM):
+            if host in self.running:
+                self.running.pop(host).wait(SOON)
+            until(lambda: not guests.running(self.plan, host), f"the {host}'s service ends")
+
+    def status(self, host: str) -> dict[str, Any]:
+        """Of a service; nothing if it doesn't run."""
+        return services.service_status(self.plan, host) or {}
+
+    def pair(self, host: str) -> dict[str, Any]:
+        pairs = self.status(host).get("pairs") or [{}]
+        return dict(pairs[0])
+
+    def warns(self, host: str, words: str) -> bool:
+        """A service has a warning with these words."""
+        return any(words in warning for warning in self.status(host).get("warnings", ()))
+
+    def state(self, host: str) -> str:
+        """As the programs have it."""
+        with inside(self.plan.namespace(host)), Control.open(self.plan.pin_dir(host)) as control:
+            return control.state(PAIR).state.name.lower()
+
+    def in_lockstep(self) -> None:
+        """Returns when both services say so and hear each other."""
+        for host in HOSTS:
+            until(partial(self._in_lockstep, host), f"the {host} is in lock-step")
+
+    def _in_lockstep(self, host: str) -> bool:
+        status = self.status(host)
+        return bool(status and status["peer"]["connected"] and status["pairs"][0]["state"] == "lockstep")
+
+    def checkpoint(self) -> int:
+        """Returns the new epoch."""
+        return services.checkpoint(self.plan)["epoch"]
+
+    def engine(self, **command: Any) -> None:
+        """Tells the primary's model engine what to do."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(SOON)
+            connection.connect(str(services.directory(self.plan, "primary") / "engine.sock"))
+            connection.sendall(json.dumps(command).encode() + b"\n")
+            assert json.loads(connection.makefile().readline())["ok"]
+
+    def log(self, host: str) -> str:
+        return (services.directory(self.plan, host) / services.LOG).read_text()
+
+    # ---- the network -----------------------------------------------------------------------------------------------
+
+    def links(self, node: str, state: str, *devices: str) -> None:
+        """Devices of a node up or down."""
+        lines = "".join(f"link set {device} {state}\n" for device in devices)
+        subprocess.run(["ip", "-n", self.plan.namespace(node), "-batch", "-"], input=lines, text=True, check=True)
+
+    def cut(self, *devices: str) -> None:
+        """`fwd0`, `mgmt0`: the primary's end goes down."""
+        self.links("primary", "down", *devices)
+
+    def connect(self) -> redis.Connection:
+        return redis.Connection(self.plan, "client", self.plan.nic_list()[0].guest_v4)
+
+    def set_apart(self, key: str, pvm: str, svm: str) -> None:
+        """The replicas know different things. Of one length, for nothing is copied and the stream has to go on."""
+        for guest, value in (("pvm", pvm), ("svm", svm)):
+            replica = redis.Connection(self.plan, guest, "127.0.0.1")
+            replica.ask("SET", key, value)
+            replica.close()
+
+
+def until(condition: Callable[[], object], what: str, timeout: float = SOON) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {timeout} s: {what}"
+        time.sleep(0.01)
+
+
+FWD, MANAGEMENT_LINK = "fwd0", MGMT
