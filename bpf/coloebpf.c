@@ -18,6 +18,7 @@
 #include "translate.h"
 #include "drain.c"
 #include "partial.c"
+#include "answer.c"
 #include "primary.c"
 #include "split.c"
 #include "link.c"

@@ -36,12 +36,13 @@
 #ifndef DRAIN_STEPS
 #define DRAIN_STEPS 8      /* steps of one drain run (again what the verifier can follow); it tail-calls itself, up to the kernel's 33 times */
 #endif
+#define RUNS 4             /* pieces of the SVM's stream behind holes that a flow remembers; an ACK has room for three */
 #define MAX_SEGMENTS 66    /* of a super-packet; 64 KiB of an MSS of 1,220 (IPv6's least) are 54 */
 #ifndef GSO_BATCH
-#define GSO_BATCH 3        /* segments of one split run, likewise */
+#define GSO_BATCH 2        /* segments of one split run, likewise */
 #endif
 
-#define GSO_BATCH_UDP (GSO_BATCH > 1 ? 3 : 1) /* the search for equal datagrams takes more */
+#define GSO_BATCH_UDP (GSO_BATCH > 1 ? 2 : 1) /* the search for equal datagrams takes more */
 
 /* Keys of the hash, one for each 4 bytes: no two positions of a range that is compared in one go may share one. */
 #ifndef STREAM_WORDS
@@ -75,6 +76,7 @@
 #define MAX_OPTIONS 16 /* TCP options, NOPs counted, that are walked: 40 bytes hold more only if most are NOPs */
 #define STAMPS 0x0101080au /* NOP NOP timestamps: all the options that nearly every segment carries */
 #define STAMPS_LEN 12
+#define SACK_HEAD 0x01010502u /* NOP NOP SACK, and its length without blocks */
 #define TCP_FIN 0x01u
 #define TCP_SYN 0x02u
 #define TCP_RST 0x04u

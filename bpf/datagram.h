@@ -146,7 +146,7 @@ static __always_inline u32 p_take_datagram(struct flow *f, struct held_table *t,
 		return TAKE_FULL;
 	if (!single || h->type == HELD_DATAGRAM) {
 		if (f->s_head != NONE && !diverged)
-			*used = use_equal(f, t, h, single ? WALK : WALK / 2);
+			*used = use_equal(f, t, h, single ? WALK : WALK / 4);
 		if (*used != NONE) {
 			if (alone)
 				return TAKE_PASS;
@@ -189,10 +189,10 @@ static __always_inline u32 s_take_datagram(struct flow *f, struct held_table *t,
 			if (!(r->flags & HELD_WHOLE) || !prove_equal(f, t, r))
 				return TAKE_SWALLOW;
 			*used = use_equal(f, t, r, WALK); /* itself, or its twin */
-			return drain_or(f, t, TAKE_SWALLOW);
+			return drain_or(f, t, TAKE_SWALLOW, false);
 		}
 	} else if (prove_equal(f, t, s)) {
-		return drain_or(f, t, TAKE_SWALLOW);
+		return drain_or(f, t, TAKE_SWALLOW, false);
 	}
 	return f->s_count >= MAX_FIFO ? TAKE_FULL : TAKE_STORE;
 }

@@ -1,5 +1,7 @@
 /* From a parsed packet to the record that is compared: which kind of thing it is, which range, which digest. The same for both VMs' output. */
 
+#define SYN_SACK_OK (1ull << 36) /* option kind 4 in the word that walk_options() makes */
+
 /* Walks the TCP options, for what of a SYN both sides must agree on: MSS, window scale, SACK permitted, timestamps on or off, in one word in `h->digest`;
  * other kinds count as bits. And for a SACK option, whose offset goes to `h->sack`. (Into the map, not into variables: see struct scratch.) */
 static __always_inline void walk_options(struct held *h, const struct view *v, const struct packet *p)
@@ -93,13 +95,15 @@ static __always_inline bool describe(struct held *h, struct scratch *notes, cons
 		h->ack = p->ack;
 		h->win = p->win;
 		if (flags & TCP_ACK)
-			h->flags = HELD_ACKS;
+			h->flags |= HELD_ACKS;
 		if (flags & TCP_RST) {
 			h->type = HELD_RST;
 			h->digest = word_mix(keys, pos);
 			len = 0;
 		} else if (flags & TCP_SYN) {
 			h->type = HELD_SYN;
+			if (options & SYN_SACK_OK)
+				h->flags |= HELD_SACK_OK;
 			h->end += 1 + len + (flags & TCP_FIN);
 			h->digest = word_mix(keys, options << 8 ^ (flags & ~TCP_PSH) ^ (u64)len << 48);
 			pos = 1; /* its data (RFC 7413) stand behind an ISN that differs */

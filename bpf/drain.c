@@ -39,7 +39,7 @@ int drain(struct __sk_buff *skb)
 	struct held_table *t = held.lookup(&zero);
 	struct hash_keys *keys = hash_keys.lookup(&zero);
 	struct place at;
-	u32 matching = 1;
+	u32 matching = !(mode & MODE_RELEASE), first = mode & MODE_RELEASE;
 	bool more = true;
 
 	if (!f || !t || !keys || !place_of_id(&at, f->key.nic))
@@ -76,6 +76,7 @@ int drain(struct __sk_buff *skb)
 		matching = forget(notes, 4, matching); /* one state at the top of each step, whatever the last one did */
 		staged = forget(notes, 5, staged);
 		own = forget(notes, 6, own);
+		first = forget(notes, 5, first);
 		if (matching) {
 			struct finding found = {};
 			u32 s = f->s_head;
@@ -109,7 +110,7 @@ int drain(struct __sk_buff *skb)
 		bool owed = !(mode & MODE_PARTIAL) && f->key.kind == KIND_TCP && (f->flags & FLOW_BASED) && owes_ack(f) && at.state == LOCKSTEP;
 		if (owed)
 			spare = take_slot_of(&at, whose);
-		u32 seq = 0, ts_known = 0, verdict = 0;
+		u32 seq = 0, ts_known = 0, verdict = 0, seen = 0;
 		struct held *h;
 		bpf_spin_lock(&f->lock);
 		u32 head = f->p_head;
@@ -135,13 +136,16 @@ int drain(struct __sk_buff *skb)
 			out = head;
 			verdict = 1;
 		} else if (spare != NONE && !(mode & MODE_PARTIAL) && owes_ack(f) && may_emit(f, cpu, now)) {
-			ack = seq_lt(f->s_ack, f->p_ack) ? f->s_ack : f->p_ack;
+			ack = seq_lt(f->s_ack, f->p_seen) ? f->s_ack : f->p_seen;
 			win = f->s_win < f->p_win ? f->s_win : f->p_win;
 			if (seq_lt(f->c_ack, ack))
 				f->c_ack = ack;
 			ack = f->c_ack;
 			f->c_win = win;
+			f->flags &= ~FLOW_DUP;
 			seq = f->proven;
+			seen = f->flags & FLOW_NO_SACK ? ack : f->p_seen;
+			__builtin_memcpy(notes->sack, f->s_sack, sizeof(notes->sack));
 			ts_known = f->ts_known;
 			verdict = 2;
 		}
@@ -150,11 +154,11 @@ int drain(struct __sk_buff *skb)
 			f->emit_cpu = cpu;
 			f->emit_ns = now;
 			/* The last one: the flow needs no owner any more. Until this packet is back, only this CPU may send the next (may_emit()). */
-			if (!f->work && f->p_head == NONE && !matching && !owes_ack(f)) {
+			if (!f->work && f->p_head == NONE && !(matching | first) && !owes_ack(f)) {
 				f->owner = 0;
 				verdict += LAST;
 			}
-		} else if (f->work && verdict == 0) {
+		} else if (verdict == 0 && (f->work | first)) {
 			f->work = 0;
 			verdict = 4;
 		} else if (verdict == 0) {
@@ -181,6 +185,7 @@ int drain(struct __sk_buff *skb)
 		}
 		if (verdict == 4) {
 			matching = 1;
+			first = 0;
 			continue;
 		}
 		if (verdict == 3) {
@@ -195,7 +200,8 @@ int drain(struct __sk_buff *skb)
 			return VERDICT_DROP;
 		if (verdict == 2) {
 			at.count->owed_acks++;
-			build_ack(slot, h, &f->key, f->guest_mac, seq, ack, win, ts_known, f->ts_val, f->ts_ecr);
+			struct ack_fields is = {.seq = seq, .ack = ack, .ts_val = f->ts_val, .ts_ecr = f->s_ecr ? f->s_ecr : f->ts_ecr, .win = win, .flags = TCP_ACK, .stamped = ts_known};
+			build_ack(slot, h, &f->key, f->guest_mac, &is, notes, common_blocks(notes, ack, seen));
 			h->hash = f->hash;
 		} else {
 			if ((h->flags & HELD_ACKS) && (h->ack != ack || h->win != win)) {
@@ -240,7 +246,8 @@ int drain(struct __sk_buff *skb)
 	}
 
 	if (more) {
-		skb->cb[CB_MODE] = mode;
+		/* A long list: what is proven goes in between, so that at the end something is in flight, which comes back and goes on. */
+		skb->cb[CB_MODE] = own ? mode : mode ^ MODE_RELEASE;
 		skb->cb[CB_OWN] = own;
 		skb->cb[CB_STAGED] = staged;
 		tc_stages.call(skb, STAGE_DRAIN);

@@ -150,18 +150,44 @@ static __always_inline void p_unlink_head(struct flow *f, struct held_table *t)
 	f->p_count--;
 }
 
+/* Where the search for the place of the SVM's record `h` may begin: behind the last record of the nearest piece before it, if that is still parked (it
+ * is as long as its end was not matched). The list may be long, and the SVM fills the holes far behind its head too. NONE: at the head. */
+static __always_inline u32 s_nearest(const struct flow *f, const struct held *h)
+{
+	u32 best = f->matched, tail = NONE;
+
+	if (h->epoch != f->epoch)
+		return NONE;
+	if (seq_lt(best, f->s_next) && seq_le(f->s_next, h->from)) {
+		best = f->s_next;
+		tail = f->s_next_tail;
+	}
+	if (!(f->flags & FLOW_RUNS))
+		return tail;
+#pragma unroll
+	for (int i = 0; i < RUNS; i++) {
+		u32 end = f->s_run[i].end;
+		u32 nearer = (end != f->s_run[i].from) & seq_lt(best, end) & seq_le(end, h->from);
+		if (nearer) {
+			best = end;
+			tail = f->s_run[i].tail;
+		}
+	}
+	return tail;
+}
+
 /* SVM list. Streams keep it by position, so that a retransmission fills its gap; the rest appends. False: it tells nothing new. Under the lock. */
-static __always_inline bool s_insert(struct flow *f, struct held_table *t, u32 index)
+static __always_inline bool s_insert(struct flow *f, struct held_table *t, u32 index, bool stream)
 {
 	struct held *h = record(t, index);
 	u32 before = f->s_tail;
 
-	if (before != NONE && h->type == HELD_DATA) {
+	if (stream && before != NONE && h->type == HELD_DATA) {
 		struct held *tail = record(t, before);
 		if (tail->type == HELD_DATA && seq_lt(h->from, tail->end)) {
-			u32 here = f->s_head;
 			bool placed = false;
-			before = NONE;
+			before = s_nearest(f, h);
+			u32 here = before == NONE ? f->s_head : record(t, before)->next;
 #pragma nounroll
 			for (int i = 0; i < WALK; i++) {
 				struct held *r = record(t, here);
@@ -194,7 +220,12 @@ static __always_inline bool s_insert(struct flow *f, struct held_table *t, u32 i
 
 static __always_inline void s_unlink_head(struct flow *f, struct held_table *t)
 {
-	f->s_head = record(t, f->s_head)->next;
+	struct held *h = record(t, f->s_head);
+	if (seq_lt(f->matched, h->end)) { /* unused: of an older connection or state, like all that was noted of it */
+		f->s_next = f->matched;
+		f->flags &= ~FLOW_RUNS;
+	}
+	f->s_head = h->next;
 	if (f->s_head == NONE)
 		f->s_tail = NONE;
 	f->s_count--;
@@ -212,7 +243,7 @@ static __always_inline u64 idle_limit(const struct flow *f)
 		return IDLE_OTHER;
 	u32 fins = f->flags & (FLOW_FIN | FLOW_CLIENT_FIN);
 	/* A translation is needed until both sides have closed: without it the SVM's numbers are wrong. */
-	if ((f->flags & FLOW_RST) || (f->flags & FLOW_DELTA ? fins == (FLOW_FIN | FLOW_CLIENT_FIN) : fins))
+	if ((f->flags & (FLOW_RST | FLOW_CLIENT_RST)) || (f->flags & FLOW_DELTA ? fins == (FLOW_FIN | FLOW_CLIENT_FIN) : fins))
 		return IDLE_CLOSED;
 	return f->flags & (FLOW_OPEN | FLOW_DELTA) ? IDLE_TCP : IDLE_HALF_OPEN;
 }
@@ -333,8 +364,8 @@ static __always_inline bool behind(const struct flow *f, u32 epoch) { return (s3
 static __always_inline void rebase(struct flow *f, u32 epoch)
 {
 	f->epoch = epoch;
-	f->flags &= ~(FLOW_DIVERGED | FLOW_LATE | FLOW_TOLD | FLOW_SEEK | FLOW_FRESH);
-	f->matched = f->proven;
+	f->flags &= ~(FLOW_DIVERGED | FLOW_LATE | FLOW_TOLD | FLOW_SEEK | FLOW_FRESH | FLOW_RUNS | FLOW_DUP);
+	f->matched = f->s_next = f->proven;
 	f->p_next = f->p_head; /* matching skips what is committed */
 	f->svm_isn = f->pvm_isn;
 	if (f->flags & FLOW_C_ACK) { /* the new SVM has received all that the PVM had */

@@ -64,6 +64,7 @@ BPF_TABLE_PINNED("prog", u32, u32, xdp_stages, 4, PIN_DIR "/xdp_stages");       
 #define STAGE_SPLIT_UDP 6
 #define STAGE_PARTIAL 7
 #define STAGE_P4_DATAGRAM 8
+#define STAGE_ANSWER 9
 #define STAGE_P3 0 /* in xdp_stages */
 #define STAGE_S1_XDP 1
 

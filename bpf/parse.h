@@ -180,3 +180,22 @@ static __always_inline void parse(const struct view *v, struct packet *p, u32 le
 	if (!ok)
 		whole_frame(p, len);
 }
+
+/* A view of a packet of tc's for parse(), by direct access; its headers are pulled in front if they are not. The tag beside it is not part of the
+ * offsets. */
+static __always_inline struct view look(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	if (data + 128 > end && data + skb->len > end)
+		bpf_skb_pull_data(skb, skb->len < 256 ? skb->len : 256);
+	struct view v = {.data = (void *)(long)skb->data, .end = (void *)(long)skb->data_end, .part = true};
+	return v;
+}
+
+static __always_inline void tag_beside(struct __sk_buff *skb, struct packet *p)
+{
+	if (!skb->vlan_present)
+		return;
+	p->key.vlan[1] = p->key.vlan[0];
+	p->key.vlan[0] = TAG_PRESENT | (skb->vlan_proto == bpf_htons(ETH_P_8021AD_) ? TAG_AD : 0) | (skb->vlan_tci & 0xfff);
+}

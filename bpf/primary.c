@@ -1,5 +1,63 @@
 /* The primary's hooks on the vif, and what the SVM's output does when it arrives: P1, P2, P3, P4 of docs/design.md. */
 
+/* Keeps what the client says last, for when the copy on fwd is lost (bpf/answer.c). It makes no flow: before the guest's first packet nothing is to be
+ * kept, and what a full table refuses is refused on both ways. The client can't have acknowledged what has not left, and what its stack would not look at
+ * (all of it older than the PVM's ACK) is not believed here either. */
+static __always_inline void note_client(struct __sk_buff *skb, const struct place *at)
+{
+	struct view v = look(skb);
+	struct scratch *notes = fresh_scratch(at);
+	u32 val = 0, ecr = 0;
+	bool stamped = false;
+
+	if (!notes)
+		return;
+	struct packet *p = &notes->packet;
+	struct flow_ref *ref = &notes->ref;
+	parse(&v, p, skb->len, true);
+	if (p->key.kind != KIND_TCP)
+		return;
+	tag_beside(skb, p);
+	if (!find_flow(&p->key, ref))
+		return;
+	struct flow *f = flows.lookup(&ref->index);
+	if (!f)
+		return;
+	u8 flags = p->tcp_flags;
+	if (p->options >= STAMPS_LEN) {
+		u32 *o = peek(&v, p->l4 + 20, STAMPS_LEN);
+		if (o && o[0] == bpf_htonl(STAMPS)) {
+			stamped = true;
+			val = bpf_ntohl(o[1]);
+			ecr = bpf_ntohl(o[2]);
+		} else {
+			stamped = timestamps(&v, p, &val, &ecr);
+		}
+	}
+	u32 end = p->seq + p->length + (flags & TCP_FIN);
+	bpf_spin_lock(&f->lock);
+	if (!same_flow(f, ref->generation)) {
+		/* another one's place by now */
+	} else if (flags & TCP_SYN) { /* the ports are used again, maybe */
+		f->flags &= ~(FLOW_CLIENT | FLOW_CLIENT_FIN | FLOW_CLIENT_RST);
+	} else if (flags & TCP_RST) {
+		f->flags |= FLOW_CLIENT_RST;
+		f->client_rst = p->seq;
+	} else if ((flags & TCP_ACK) && (f->flags & FLOW_BASED) && seq_le(p->ack, f->matched) && !((f->flags & FLOW_C_ACK) && seq_lt(end, f->c_ack)) &&
+		   !((f->flags & FLOW_CLIENT) && seq_lt(p->ack, f->client_ack))) {
+		f->flags = (f->flags & ~FLOW_CLIENT_TS) | FLOW_CLIENT | (stamped ? FLOW_CLIENT_TS : 0);
+		f->client_ack = p->ack;
+		f->client_win = p->win;
+		f->client_ts_val = val;
+		f->client_ts_ecr = ecr;
+		if (flags & TCP_FIN) {
+			f->flags |= FLOW_CLIENT_FIN;
+			f->client_end = end;
+		}
+	}
+	bpf_spin_unlock(&f->lock);
+}
+
 /* P1, tc egress of the vif: every frame for the PVM goes to the SVM too. */
 int p1_mirror(struct __sk_buff *skb)
 {
@@ -8,6 +66,8 @@ int p1_mirror(struct __sk_buff *skb)
 		return VERDICT_PASS;
 	if (at.state != LOCKSTEP && at.state != CHECKPOINTING && at.state != SYNCING)
 		return VERDICT_PASS;
+	if (at.state != SYNCING)
+		note_client(skb, &at);
 	at.count->mirrored_packets++;
 	at.count->mirrored_bytes += skb->len;
 	if (!at.nic->vlan) {
@@ -406,8 +466,10 @@ int hold(struct __sk_buff *skb)
 		give_slot(index);
 		return verdict;
 	}
-	if (take == TAKE_SWALLOW)
+	if (take == TAKE_SWALLOW || take == TAKE_CLOSED) {
+		why = take == TAKE_CLOSED ? DROP_CLOSED : DROP_FLOW_RACE;
 		goto refuse;
+	}
 	if (take == TAKE_FULL) {
 		why = DROP_FIFO_FULL;
 		watch_flow(&at, f, t, ref->index, now);
@@ -573,10 +635,44 @@ static __always_inline void load_sack(struct __sk_buff *skb, struct scratch *not
 	}
 }
 
-/* Parks the SVM's record `index`: the PVM hasn't come that far. */
-static __always_inline u32 s_park(struct flow *f, struct held_table *t, const struct held *s, u32 index)
+/* Has the SVM missed what the client has sent last? It repeats what was acknowledged, or a probe of the client's window begins below it. */
+static __always_inline u32 wants_answer(const struct flow *f, const struct held *s)
 {
-	if (!s_insert(f, t, index))
+	u32 acks = s->flags & HELD_ACKS, known = f->flags & FLOW_CLIENT;
+
+	if (s->type == HELD_RST)
+		return 0;
+	if (f->flags & FLOW_CLIENT_RST)
+		return acks ? ANSWER_RST : 0;
+	if (!acks || !known)
+		return 0;
+	if (s->type != HELD_SYN)
+		return seq_lt(s->from, f->client_ack) ? ANSWER_ACK | ANSWER_OLD : 0;
+	return (f->flags & FLOW_SVM_SYN) && f->svm_isn == s->from && seq_lt(f->pvm_isn, f->client_ack) ? ANSWER_SYN : 0;
+}
+
+/* Parks the SVM's record `index`: the PVM hasn't come that far. */
+static __always_inline u32 s_park(struct flow *f, struct held_table *t, const struct held *s, u32 index, struct answer *a, bool stream)
+{
+	if (stream && !f->s_count) { /* until now nothing was parked */
+		f->s_next = f->matched;
+		f->flags &= ~FLOW_RUNS;
+	}
+	bool linked = s_insert(f, t, index, stream);
+	if (stream && s->type == HELD_DATA && s->epoch == f->epoch) {
+		if (linked && !(f->flags & FLOW_RUNS) && seq_le(s->from, f->s_next)) { /* ahead, but no hole */
+			if (seq_lt(f->s_next, s->end)) {
+				f->s_next = s->end;
+				f->s_next_tail = index;
+			}
+		} else if (linked) {
+			a->what |= ANSWER_RUN;
+			a->record = index;
+		} else if (f->flags & FLOW_RUNS) {
+			a->what |= ANSWER_ACK; /* it was here: the SVM has not heard that */
+		}
+	}
+	if (!linked)
 		return TAKE_SWALLOW;
 	if (f->owner) {
 		f->work = 1;
@@ -589,7 +685,7 @@ static __always_inline u32 s_park(struct flow *f, struct held_table *t, const st
 
 /* `index`: a slot for it with the record filled in, or NONE: TAKE_STORE then asks for one. With TAKE_PARKED it is linked. */
 static __always_inline u32 s_take(struct flow *f, struct held_table *t, const struct place *at, u32 generation, const struct held *s, u32 index, u64 now,
-				  const struct scratch *notes, u32 *used, struct release *out, bool stream)
+				  struct scratch *notes, u32 *used, struct release *out, bool stream)
 {
 	u32 take = TAKE_SWALLOW;
 	bool low = slab_low();
@@ -607,18 +703,22 @@ static __always_inline u32 s_take(struct flow *f, struct held_table *t, const st
 			if (take == TAKE_STORE && low)
 				take = TAKE_FULL;
 			if (take == TAKE_SWALLOW)
-				take = drain_or(f, t, take); /* what was held before a commit may leave now */
+				take = drain_or(f, t, take, false); /* what was held before a commit may leave now */
 		} else if (f->epoch != at->epoch && s->type == HELD_ACK) {
 			note_svm_ack(f, s); /* is no piece of the stream: nothing to keep */
 		} else if (f->epoch != at->epoch) {
 			take = low ? TAKE_FULL : TAKE_STORE; /* a commit is not through for this flow yet; the owner sorts it out */
 		} else {
+			notes->answer.what = wants_answer(f, s);
+			note_svm_dup(f, s, notes->sack);
 			if ((s->flags & HELD_ACKS) && (notes->sack[0] | notes->sack[1] | f->s_sack[0] | f->s_sack[1])) /* neither has blocks as a rule */
 				__builtin_memcpy(f->s_sack, notes->sack, sizeof(f->s_sack));
 			take = s_take_stream(f, t, s, low, now, out);
+			if ((s->flags & HELD_ACKS) && s->ack == f->s_ack)
+				f->s_ecr = notes->answer.ts_ecr;
 		}
 		if (take == TAKE_STORE && index != NONE)
-			take = s_park(f, t, s, index);
+			take = s_park(f, t, s, index, &notes->answer, stream);
 	}
 	bpf_spin_unlock(&f->lock);
 	return take;
@@ -717,6 +817,8 @@ static __always_inline int prove_packet(struct __sk_buff *skb, bool stream)
 		if (s.ack && s.ack == s.from)
 			s.flags |= HELD_WHOLE;
 	}
+	notes->answer.what = 0;
+	notes->answer.ts_val = notes->answer.ts_ecr = 0;
 	if (stream && (s.flags & HELD_ACKS)) {
 		u32 off_tag = skb->vlan_present ? 4 : 0, off = s.l4 - off_tag;
 		u32 *tcp = notes->cell; /* ACK, then flags and window; by way of the map, see forget() */
@@ -725,6 +827,10 @@ static __always_inline int prove_packet(struct __sk_buff *skb, bool stream)
 		if ((void *)(there + 2) <= (void *)(long)skb->data_end) {
 			tcp[0] = there[0];
 			tcp[1] = there[1];
+			if (s.payload >= s.l4 + 20 + STAMPS_LEN && (void *)(there + 6) <= (void *)(long)skb->data_end && there[3] == bpf_htonl(STAMPS)) {
+				notes->answer.ts_val = bpf_ntohl(there[4]);
+				notes->answer.ts_ecr = bpf_ntohl(there[5]);
+			}
 		} else if (bpf_skb_load_bytes(skb, off + 8, tcp, 8)) {
 			return VERDICT_DROP;
 		}
@@ -746,6 +852,9 @@ static __always_inline int prove_packet(struct __sk_buff *skb, bool stream)
 	s.len = forget(notes, 5, s.len);
 	struct release *out = &notes->release;
 	out->cpu = bpf_get_smp_processor_id();
+	notes->answer.seq = s.ack;
+	notes->answer.from = s.from;
+	notes->answer.end = s.end;
 	u32 take = s_take(f, t, &at, generation, &s, index, now, notes, &used, out, stream);
 	take = forget(notes, 6, take);
 	used = forget(notes, 7, used);
@@ -778,19 +887,12 @@ static __always_inline int prove_packet(struct __sk_buff *skb, bool stream)
 		notes->now = bpf_ktime_get_ns(); /* the finer clock: how long it was held is counted */
 	if (take == TAKE_RELEASE)
 		return release_twin(skb, &at, notes, f, t, flow, &s, out);
-	if (take == TAKE_PARTIAL) {
-		skb->cb[CB_FLOW] = flow;
-		tc_stages.call(skb, STAGE_PARTIAL);
+	skb->cb[CB_FLOW] = flow;
+	if (stream && notes->answer.what) {
+		skb->cb[CB_MODE] = take;
+		tc_stages.call(skb, STAGE_ANSWER);
 	}
-	if (take == TAKE_DRAIN) {
-		skb->cb[CB_FLOW] = flow;
-		skb->cb[CB_MODE] = 0;
-		skb->cb[CB_OWN] = 0;
-		skb->cb[CB_STAGED] = 0;
-		skb->cb[CB_PARTIAL] = 0;
-		tc_stages.call(skb, STAGE_DRAIN);
-	}
-	return VERDICT_DROP;
+	return p4_goes_on(skb, take);
 }
 
 int p4_prove(struct __sk_buff *skb) { return prove_packet(skb, true); }

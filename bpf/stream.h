@@ -9,6 +9,7 @@ enum take {
 	TAKE_STORE,   /* P4: needs a slot, come again with one */
 	TAKE_SWALLOW, /* P4: tells nothing new */
 	TAKE_RELEASE, /* P4: the PVM's first packet is proven and unlinked, this program must send it (struct release) */
+	TAKE_CLOSED,  /* P2: the connection has ended, see over() */
 	TAKE_PARKED = 16, /* P4: its record is linked; beside one of the others */
 };
 
@@ -48,7 +49,7 @@ static __always_inline bool releasable(const struct flow *f, const struct held *
 static __always_inline void start_stream(struct flow *f, u32 at)
 {
 	f->flags = (f->flags & ~FLOW_FRESH) | FLOW_BASED;
-	f->proven = f->matched = at;
+	f->proven = f->matched = f->s_next = at;
 }
 
 /* A SYN that both sent begins a connection; its numbers tell when either sends it again. */
@@ -57,7 +58,23 @@ static __always_inline void note_syn(struct flow *f, const struct held *p, u32 s
 	f->svm_isn = svm_isn;
 	f->pvm_isn = p->from;
 	f->syn_digest = p->digest;
-	f->flags = (f->flags & ~(FLOW_FIN | FLOW_RST | FLOW_REFUSED)) | FLOW_SVM_SYN;
+	f->flags = (f->flags & ~(FLOW_FIN | FLOW_RST | FLOW_REFUSED | FLOW_CLIENT | FLOW_CLIENT_FIN | FLOW_CLIENT_RST | FLOW_RUNS | FLOW_DUP | FLOW_NO_SACK)) |
+		   FLOW_SVM_SYN | (p->flags & HELD_SACK_OK ? 0 : FLOW_NO_SACK);
+	if (!(p->flags & HELD_ACKS)) { /* the guest connects: what was acknowledged on these ports was another connection's */
+		f->flags &= ~(FLOW_S_ACK | FLOW_C_ACK);
+		f->p_known = 0;
+	}
+}
+
+/* What a PVM packet says of ACK and window, also while it is held: what both VMs have acknowledged need not wait for it. A SYN counts when it leaves,
+ * until then the numbers are another connection's. */
+static __always_inline void note_pvm_ack(struct flow *f, const struct held *h)
+{
+	if (f->p_known && seq_lt(h->ack, f->p_seen))
+		return;
+	f->p_known = 1;
+	f->p_seen = h->ack;
+	f->p_win = h->win;
 }
 
 /* Lowers ACK and window to what both VMs stand for (promise 2), and notes what the client has then been told. */
@@ -78,8 +95,11 @@ static __always_inline void account_release(struct flow *f, const struct held *h
 	}
 	if (!(h->flags & HELD_ACKS))
 		return;
-	if (h->type == HELD_SYN)
+	if (h->type == HELD_SYN) {
 		f->flags &= ~FLOW_C_ACK;
+		f->p_known = 0;
+	}
+	note_pvm_ack(f, h);
 	if (!(f->flags & FLOW_C_ACK) || seq_lt(f->p_ack, h->ack))
 		f->p_ack = h->ack;
 	if (seq_lt(f->s_ack, *ack))
@@ -89,7 +109,6 @@ static __always_inline void account_release(struct flow *f, const struct held *h
 	if (!(f->flags & FLOW_C_ACK) || seq_lt(f->c_ack, *ack))
 		f->c_ack = *ack;
 	f->flags |= FLOW_C_ACK;
-	f->p_win = h->win;
 	f->c_win = *win;
 }
 
@@ -98,9 +117,9 @@ static __always_inline bool owes_ack(const struct flow *f)
 {
 	if ((f->flags & (FLOW_S_ACK | FLOW_C_ACK | FLOW_DIVERGED)) != (FLOW_S_ACK | FLOW_C_ACK) || (f->flags & FLOW_RST))
 		return false;
-	u32 both = seq_lt(f->s_ack, f->p_ack) ? f->s_ack : f->p_ack;
+	u32 both = seq_lt(f->s_ack, f->p_seen) ? f->s_ack : f->p_seen;
 	u32 win = f->s_win < f->p_win ? f->s_win : f->p_win;
-	return seq_lt(f->c_ack, both) || (win > f->c_win && win >= 2 * f->c_win);
+	return (f->flags & FLOW_DUP) || seq_lt(f->c_ack, both) || (win > f->c_win && win >= 2 * f->c_win);
 }
 
 static __always_inline void prove(struct flow *f, struct held *h)
@@ -189,13 +208,21 @@ static __always_inline bool refuses(struct flow *f, const struct held *h, bool l
 	return full;
 }
 
+/* Have both sides closed, and each acknowledged the other's FIN? Then a VM that has forgotten the connection resets whatever comes late, and one that has
+ * not, or that did not get the late packet, doesn't. Nobody needs such a reset: it is dropped, be it the PVM's or the SVM's. */
+static __always_inline bool over(const struct flow *f)
+{
+	u32 ends = FLOW_FIN | FLOW_CLIENT | FLOW_CLIENT_FIN | FLOW_C_ACK;
+	return (f->flags & ends) == ends && !seq_lt(f->client_ack, f->proven) && !seq_lt(f->c_ack, f->client_end);
+}
+
 /* Until something is proven, a flow that was met in the middle begins at the lowest piece that either VM has sent: nothing below was ever compared. */
 static __always_inline void lower_base(struct flow *f, const struct held *h)
 {
 	u32 no = !(f->flags & FLOW_FRESH) | (h->type ^ HELD_DATA) | (f->matched ^ f->proven) | f->owner; /* one branch: the verifier counts them */
 	if (no || !seq_lt(h->from, f->proven))
 		return;
-	f->proven = f->matched = h->from;
+	f->proven = f->matched = f->s_next = h->from;
 	if (f->p_count)
 		f->flags |= FLOW_GAP | FLOW_REFILL;
 }
@@ -217,6 +244,10 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 	}
 	if (h->type == HELD_ACK)
 		f->flags |= FLOW_OPEN; /* a guest that only receives never sends data */
+	if (single && h->type == HELD_RST && over(f))
+		return TAKE_CLOSED;
+	if ((h->flags & HELD_ACKS) && h->type != HELD_SYN && h->type != HELD_RST)
+		note_pvm_ack(f, h);
 	if (h->type == HELD_ACK && alone && acked && seq_le(h->ack, f->s_ack))
 		return TAKE_PASS;
 	if (repeats(f, h)) {
@@ -269,16 +300,16 @@ static __always_inline void note_svm_ack(struct flow *f, const struct held *s)
 	if (!(f->flags & FLOW_S_ACK) || s->type == HELD_SYN || seq_lt(f->s_ack, s->ack)) {
 		f->s_ack = s->ack;
 		f->s_win = s->win;
-		f->flags |= FLOW_S_ACK;
+		f->flags = (f->flags | FLOW_S_ACK) & ~FLOW_DUP;
 	} else if (f->s_ack == s->ack) {
 		f->s_win = s->win;
 	}
 }
 
 /* Is there something to send that this packet may be the vessel for? */
-static __always_inline u32 drain_or(struct flow *f, struct held_table *t, u32 otherwise)
+static __always_inline u32 drain_or(struct flow *f, struct held_table *t, u32 otherwise, bool stream)
 {
-	bool ready = f->work || owes_ack(f) || (f->p_head != NONE && releasable(f, record(t, f->p_head)));
+	bool ready = f->work || (stream && owes_ack(f)) || (f->p_head != NONE && releasable(f, record(t, f->p_head)));
 	if (!ready)
 		return otherwise;
 	if (f->owner) {
@@ -318,21 +349,42 @@ static __always_inline u32 release_first(struct flow *f, struct held_table *t, c
 	return TAKE_RELEASE;
 }
 
+/* The SVM repeats its ACK: it lacks a segment of the client's that the PVM has. The client would wait for its retransmission timeout, as all that it
+ * gets of the PVM's ACKs is lowered or held; so the SVM's duplicates go on to it (RFC 5681, 3.2). Without SACK blocks a duplicate is one only with the
+ * same window. Before note_svm_ack(). `sack`: the packet's blocks. */
+static __always_inline void note_svm_dup(struct flow *f, const struct held *s, const u32 *sack)
+{
+	u32 known = FLOW_S_ACK | FLOW_C_ACK; /* and with the latter `p_seen` */
+
+	if (s->type != HELD_ACK || (f->flags & known) != known || s->ack != f->s_ack || !seq_lt(f->s_ack, f->p_seen))
+		return;
+	u32 same = s->win == f->s_win, any = 0, tells = 0;
+#pragma unroll
+	for (int b = 0; b < 8; b += 2) {
+		u32 there = sack[b] != sack[b + 1];
+		any |= there;
+		tells |= there & seq_lt(f->s_ack, sack[b]) & seq_lt(sack[b], f->p_seen);
+	}
+	if (tells | (same & !any))
+		f->flags |= FLOW_DUP;
+}
+
 /* An SVM packet, not stored yet. */
 static __always_inline u32 s_take_stream(struct flow *f, struct held_table *t, const struct held *s, bool low, u64 now, struct release *out)
 {
 	note_svm_ack(f, s);
 	lower_base(f, s);
-	if (s->type == HELD_ACK || (f->flags & FLOW_DIVERGED))
-		return drain_or(f, t, TAKE_SWALLOW);
+	if (s->type == HELD_ACK || (f->flags & FLOW_DIVERGED) || (s->type == HELD_RST && over(f)))
+		return drain_or(f, t, TAKE_SWALLOW, true);
 	if (s->type == HELD_SYN && (f->flags & FLOW_SVM_SYN) && f->svm_isn == s->from)
-		return drain_or(f, t, TAKE_SWALLOW); /* the SVM sends its SYN again */
+		return drain_or(f, t, TAKE_SWALLOW, true); /* the SVM sends its SYN again */
 	if (s->type == HELD_DATA && (f->flags & FLOW_BASED) && seq_le(s->end, f->matched)) { /* the SVM sends again what was compared */
-		if (!f->owner && f->p_head != NONE && partly_matched(f, record(t, f->p_head))) {
+		bool has = (f->flags & FLOW_CLIENT) && !seq_lt(f->client_ack, f->matched); /* it got that part already */
+		if (!f->owner && !has && f->p_head != NONE && partly_matched(f, record(t, f->p_head))) {
 			f->owner = 1;
 			return TAKE_PARTIAL;
 		}
-		return drain_or(f, t, TAKE_SWALLOW);
+		return drain_or(f, t, TAKE_SWALLOW, true);
 	}
 	if (!f->owner && !f->s_count && f->p_next != NONE) {
 		struct held *p = record(t, f->p_next);

@@ -130,6 +130,14 @@ static __always_inline bool from_client(struct edits *e, const struct view *v, c
 			ts_delta = f->ts_delta;
 		}
 	}
+	if (stamped && ecr && (f->flags & FLOW_AGAIN)) {
+		/* The client echoes when the PVM has sent, which tells nothing of the SVM's copies. Older than what the SVM has sent again, it would
+		 * mean that the SVM need not have (RFC 3522): its stack would take back what it knows of losses, and wait for its timeout. */
+		if (seq_lt(ecr - ts_delta, f->svm_again))
+			ts_delta = ecr - f->svm_again;
+		else
+			f->flags &= ~FLOW_AGAIN;
+	}
 	if (flags & TCP_RST)
 		f->flags |= FLOW_RST;
 	if (flags & TCP_FIN)
@@ -186,6 +194,16 @@ static __always_inline void from_svm(struct edits *e, const struct view *v, cons
 	if ((f->flags & FLOW_DELTA) && !(flags & TCP_SYN)) { /* a SYN is compared without its number, and its ISN tells a retransmission */
 		seq_delta = f->seq_delta;
 		ts_delta = f->ts_delta;
+	}
+	if (p->length && !(flags & TCP_SYN)) {
+		u32 end = p->seq + p->length;
+		if ((f->flags & FLOW_SENT) && seq_lt(p->seq, f->svm_high) && stamped) {
+			f->svm_again = val;
+			f->flags |= FLOW_AGAIN;
+		}
+		if (!(f->flags & FLOW_SENT) || seq_lt(f->svm_high, end))
+			f->svm_high = end;
+		f->flags |= FLOW_SENT;
 	}
 	if (flags & TCP_RST)
 		f->flags |= FLOW_RST;

@@ -100,6 +100,7 @@ enum held_type { HELD_DATA = 1, HELD_SYN, HELD_RST, HELD_ACK, HELD_DATAGRAM, HEL
 #define HELD_WHOLE 8u     /* all fragments of its datagram are here, `digest` is the datagram's */
 #define HELD_DOUBLE 16u   /* fragment that came twice: not counted */
 #define HELD_ACKS 32u     /* has the ACK flag: `ack` counts */
+#define HELD_SACK_OK 64u  /* SYN with SACK-permitted */
 
 /* Free slots, a handful: what CPUs keep for themselves, and what they exchange. */
 struct magazine {
@@ -115,6 +116,12 @@ struct held_table {
 
 struct slot {
 	u8 byte[SLOT_BYTES + SLOT_PAD];
+};
+
+/* A piece of the SVM's stream that is parked behind a hole, without holes of its own. */
+struct run {
+	u32 from, end; /* equal: none */
+	u32 tail;      /* number of its last record */
 };
 
 /* All that is known of one flow; everything behind `lock` is read and written under it (bpf/flow.h says what the owner may do without). The CPUs of
@@ -138,7 +145,7 @@ struct flow {
 	u32 p_ack;      /* highest ACK of the PVM that has left, before it was lowered */
 	u32 s_ack;      /* highest of the SVM */
 	u32 c_ack;      /* highest that the client was sent */
-	u16 p_win, s_win, c_win;
+	u16 p_win, s_win, c_win; /* that came with p_seen, s_ack; that the client was sent */
 	u16 cell;       /* see forget_here() */
 	u32 in_flight;  /* released, not yet seen again at the vif */
 	u64 emit_ns;
@@ -147,19 +154,32 @@ struct flow {
 	u32 p_high;     /* TCP: highest position in the PVM's list */
 	u32 p_refused;  /* FLOW_REFUSED: first byte of the PVM's that was */
 	u32 hash;       /* of the PVM's last packet, for the owed ACK */
-	u32 frag_first; /* the PVM's datagram whose fragments come now: its first record, or NONE */
+	u32 p_seen;     /* highest ACK of the PVM, of what is held too */
 
 	struct flow_key key;
 	u8 guest_mac[6], remote_mac[6];
-	u32 frag_id;    /* identification of the datagram of `frag_first` */
+	u32 frag_first; /* the PVM's datagram whose fragments come now: its first record, or NONE */
+	u32 frag_id;    /* its identification */
+	u32 s_next;     /* TCP: the SVM's output is here without a hole up to this, if it is above `matched` (bpf/answer.c) */
+	u32 s_next_tail; /* number of the record that ends there, if it is still parked: `matched` is below */
+	u32 client_ack; /* FLOW_CLIENT: the client's highest ACK, as P1 saw it, with its window and timestamps */
+	u32 client_ts_val, client_ts_ecr;
+	u32 client_end; /* FLOW_CLIENT_FIN: number behind its FIN */
+	u32 client_rst; /* FLOW_CLIENT_RST: number of its reset */
+	u16 client_win;
+	u16 p_known;    /* `p_seen` is (no bit of `flags`: the verifier would follow what it knows of those) */
+	u32 s_ecr;      /* echo in the SVM's packet that brought `s_ack` last: an owed ACK has it, an older one would tell the client of a long way; 0: unknown */
 	u32 ts_val, ts_ecr, ts_known; /* of the PVM's packet released last, for the owed ACK; written by the owner or by P2 */
 	u32 s_sack[8];  /* edges of the blocks in the SVM's last SACK option, host order; an unused block is 0, 0 */
+	struct run s_run[RUNS]; /* FLOW_RUNS: pieces of the SVM's output behind the hole, the newest first */
 	u64 syn_digest; /* of the PVM's SYN that was matched last, number `pvm_isn` */
 	/* translation, on the secondary: PVM's number = SVM's + delta */
 	u32 svm_isn, pvm_isn, client_isn;
 	u32 seq_delta, ts_delta;
 	u32 svm_ts, pvm_ts;
-	u32 pad[11]; /* to whole cache lines */
+	u32 svm_high;  /* FLOW_SENT: the SVM has sent data up to this (its own numbers, likewise below) */
+	u32 svm_again; /* FLOW_AGAIN: timestamp of what it has sent again last */
+	u32 pad[18]; /* to whole cache lines */
 };
 #define CACHE_LINE 64
 _Static_assert(__builtin_offsetof(struct flow, proven) == CACHE_LINE && __builtin_offsetof(struct flow, key) == 2 * CACHE_LINE, "lines of struct flow");
@@ -180,6 +200,12 @@ _Static_assert(sizeof(struct flow) % CACHE_LINE == 0, "struct flow fills its las
 #define FLOW_REFUSED 0x100000u /* PVM data found no room: nothing beyond `p_refused` is taken before they come again */
 #define FLOW_FRESH 0x200000u /* the base is the first packet that was seen, and nothing is proven yet */
 #define FLOW_OPEN 0x1000u   /* handshake seen complete */
+#define FLOW_CLIENT 0x400000u  /* `client_ack` is known */
+#define FLOW_CLIENT_TS 0x800000u /* and its timestamps */
+#define FLOW_CLIENT_RST 0x1000000u
+#define FLOW_NO_SACK 0x2000000u /* the guest's SYN has no SACK-permitted */
+#define FLOW_RUNS 0x4000000u   /* `s_run` has any */
+#define FLOW_DUP 0x8000000u    /* the SVM has repeated its ACK: the client is owed a duplicate, with the SVM's SACK blocks */
 /* secondary */
 #define FLOW_SVM_ISN 0x2000u
 #define FLOW_PVM_ISN 0x4000u
@@ -187,6 +213,8 @@ _Static_assert(sizeof(struct flow) % CACHE_LINE == 0, "struct flow fills its las
 #define FLOW_SVM_TS 0x10000u
 #define FLOW_PVM_TS 0x20000u
 #define FLOW_CLIENT_FIN 0x40000u
+#define FLOW_SENT 0x10000000u
+#define FLOW_AGAIN 0x20000000u
 #define FLOW_SVM_SYN 0x80000u /* `svm_isn` is the SYN that was matched last */
 
 /* What parse() finds in a frame. */
@@ -227,6 +255,21 @@ struct release {
 	u16 more;  /* there is more to do: this program is now the owner and must drain */
 };
 
+/* What P4 found that the SVM should be told in the client's name. */
+struct answer {
+	u32 what;      /* ANSWER_*; 0: nothing */
+	u32 seq;       /* of the answer: what the SVM expects next */
+	u32 from, end; /* of the SVM's packet */
+	u32 record;    /* where it was parked */
+	u32 ts_val, ts_ecr; /* likewise; 0, 0: it has none */
+};
+
+#define ANSWER_ACK 1u  /* the client's last ACK again */
+#define ANSWER_SYN 2u  /* likewise of the handshake: the SVM's SYN-ACK came again */
+#define ANSWER_RST 4u  /* the client's reset again */
+#define ANSWER_RUN 8u  /* the packet was parked: is it behind a hole? */
+#define ANSWER_OLD 16u /* the packet begins below the client's ACK */
+
 /* A program's own notes. In a map and not on the stack: it would not fit there, and what is read from a map has no history, so the verifier need
  * not follow every way through parse() to the end of the program. */
 struct scratch {
@@ -236,7 +279,8 @@ struct scratch {
 	u64 now;       /* from P2's second half and P4 to drain: one reading of the clock a packet */
 	u32 magazine;  /* this CPU's free slots, or 0 */
 	struct edits edits;
-	u32 sack[8]; /* the SVM's blocks, from P4 to the flow and from the flow to drain */
+	u32 sack[8]; /* the SVM's blocks, from P4 to the flow and from the flow to drain; or what `answer` tells the SVM */
+	struct answer answer;
 	u32 cell[8]; /* see forget() */
 	struct release release;
 	struct held held;
@@ -281,7 +325,7 @@ enum reason { /* of a divergence */
 
 enum drop { /* why a frame was not taken */
 	DROP_NO_SLOT, DROP_FIFO_FULL, DROP_NO_FLOW, DROP_FLOW_RACE, DROP_POLICY, DROP_FOREIGN_MAC, DROP_TOO_LONG, DROP_HALTED, DROP_UNKNOWN_LINK,
-	DROP_NO_METADATA, DROP_OLD_EPOCH, DROP_ISOLATED, DROP_SHORT, DROP_STATE, DROP_EMIT, DROP_EARLY_ACK, DROP_BAD_GSO,
+	DROP_NO_METADATA, DROP_OLD_EPOCH, DROP_ISOLATED, DROP_SHORT, DROP_STATE, DROP_EMIT, DROP_EARLY_ACK, DROP_BAD_GSO, DROP_CLOSED,
 	DROPS
 };
 
@@ -324,6 +368,7 @@ struct counters {
 	u64 events_lost;                        /* ring buffer full */
 	u64 timeouts, high_waters, kicks;
 	u64 partial;                            /* matched parts of held packets that left early (bpf/partial.c) */
+	u64 answers;                            /* P4: ACKs and resets sent to the SVM in the client's name (bpf/answer.c) */
 };
 
 struct histogram {

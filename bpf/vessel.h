@@ -2,6 +2,7 @@
 
 #define MODE_CLONE_FIRST 1u /* the vessel is itself a released packet: it goes first, as a clone */
 #define MODE_NO_REDIRECT 2u /* run by BPF_PROG_TEST_RUN, which does not act on a redirect verdict: every packet goes as a clone */
+#define MODE_RELEASE 8u     /* this run of drain sends before it matches on */
 #define MODE_PARTIAL 4u     /* the vessel's checksum is still to be filled in by the kernel (CHECKSUM_PARTIAL): what it carries must want the same */
 
 static __always_inline u16 fold(u64 sum)
@@ -197,13 +198,25 @@ loaded:
 	return true;
 }
 
-/* An ACK of both VMs' numbers that no packet of the PVM carried: built from what the flow knows. Returns its length. */
-static __always_inline u32 build_ack(struct slot *slot, struct held *h, const struct flow_key *key, const u8 *macs, u32 seq, u32 ack, u16 win, u32 ts_known,
-				     u32 ts_val, u32 ts_ecr)
+/* What build_ack() writes. */
+struct ack_fields {
+	u32 seq, ack, ts_val, ts_ecr;
+	u16 win;
+	u8 flags; /* of TCP */
+	bool stamped;
+};
+
+#define ACK_BLOCKS 3u /* beside timestamps the options have room for three */
+
+/* An ACK that no packet of the guest's carried: built from what the flow knows, from the guest to the client. With the SACK blocks in `notes->sack`:
+ * the first `blocks` pairs, host order. */
+static __always_inline void build_ack(struct slot *slot, struct held *h, const struct flow_key *key, const u8 *macs, const struct ack_fields *is,
+				      struct scratch *notes, u32 blocks)
 {
 	bool ip4 = key->guest[2] == bpf_htonl(0xffff) && !key->guest[0] && !key->guest[1];
 	u8 *b = slot->byte;
-	u32 off = 12, head = ts_known ? 32 : 20;
+	u32 off = 12, head = 20 + (is->stamped ? STAMPS_LEN : 0);
+	u32 all = head + (blocks ? 4 + 8 * blocks : 0);
 
 	__builtin_memcpy(b, macs + 6, 6);
 	__builtin_memcpy(b + 6, macs, 6);
@@ -219,7 +232,7 @@ static __always_inline u32 build_ack(struct slot *slot, struct held *h, const st
 	off += 2;
 	u8 *ip = b + off;
 	if (ip4) {
-		*(u32 *)ip = bpf_htonl(0x45000000 | (20 + head));
+		*(u32 *)ip = bpf_htonl(0x45000000 | (20 + all));
 		*(u32 *)(ip + 4) = bpf_htonl(0x00004000); /* no identification, DF */
 		*(u32 *)(ip + 8) = bpf_htonl(64 << 24 | IPPROTO_TCP << 16);
 		*(u32 *)(ip + 12) = key->guest[3];
@@ -232,33 +245,67 @@ static __always_inline u32 build_ack(struct slot *slot, struct held *h, const st
 		off += 20;
 	} else {
 		*(u32 *)ip = bpf_htonl(6u << 28);
-		*(u32 *)(ip + 4) = bpf_htonl(head << 16 | IPPROTO_TCP << 8 | 64);
+		*(u32 *)(ip + 4) = bpf_htonl(all << 16 | IPPROTO_TCP << 8 | 64);
 		__builtin_memcpy(ip + 8, key->guest, 16);
 		__builtin_memcpy(ip + 24, key->remote, 16);
 		off += 40;
 	}
+	off = forget(notes, 0, off);
+	all = forget(notes, 1, all);
+	BOUND(off, 0x7f);
 	u8 *tcp = b + off;
 	*(u16 *)tcp = key->guest_port;
 	*(u16 *)(tcp + 2) = key->remote_port;
-	*(u32 *)(tcp + 4) = bpf_htonl(seq);
-	*(u32 *)(tcp + 8) = bpf_htonl(ack);
-	*(u32 *)(tcp + 12) = bpf_htonl(head / 4 << 28 | TCP_ACK << 16 | win);
+	*(u32 *)(tcp + 4) = bpf_htonl(is->seq);
+	*(u32 *)(tcp + 8) = bpf_htonl(is->ack);
+	*(u32 *)(tcp + 12) = bpf_htonl(all / 4 << 28 | is->flags << 16 | is->win);
 	*(u32 *)(tcp + 16) = 0;
-	u64 sum = pseudo_sum(key, head);
-	if (ts_known) {
+	u64 sum = pseudo_sum(key, all);
+	if (is->stamped) {
 		*(u32 *)(tcp + 20) = bpf_htonl(STAMPS);
-		*(u32 *)(tcp + 24) = bpf_htonl(ts_val);
-		*(u32 *)(tcp + 28) = bpf_htonl(ts_ecr);
+		*(u32 *)(tcp + 24) = bpf_htonl(is->ts_val);
+		*(u32 *)(tcp + 28) = bpf_htonl(is->ts_ecr);
 		sum += (u64)*(u32 *)(tcp + 20) + *(u32 *)(tcp + 24) + *(u32 *)(tcp + 28);
+	}
+	if (blocks) {
+		u32 *o = (u32 *)(tcp + head), edge;
+		o[0] = bpf_htonl(SACK_HEAD + 8 * blocks);
+		sum += o[0];
+#pragma unroll
+		for (u32 i = 0; i < 2 * ACK_BLOCKS; i++) {
+			edge = i < 2 * blocks ? bpf_htonl(notes->sack[i]) : 0;
+			o[1 + i] = edge;
+			sum += edge;
+		}
 	}
 #pragma unroll
 	for (int i = 0; i < 5; i++)
 		sum += *(u32 *)(tcp + 4 * i);
 	*(u16 *)(tcp + 16) = ~fold(sum);
-	h->len = off + head;
+	h->len = off + all;
 	h->l4 = off;
-	h->payload = off + head;
+	h->payload = off + all;
 	h->type = HELD_ACK;
 	h->flags = HELD_ACKS;
-	return off + head;
+	h->sack = 0;
+}
+
+/* The SVM's blocks in `notes->sack`, of which the client may be told: above the ACK, and as far as the PVM has acknowledged (promise 2). They come to
+ * the front; returns how many. */
+static __always_inline u32 common_blocks(struct scratch *notes, u32 ack, u32 seen)
+{
+	u32 count = 0;
+#pragma unroll
+	for (u32 i = 0; i < 4; i++) {
+		u32 left = notes->sack[2 * i], right = notes->sack[2 * i + 1], here = count & 3;
+		if (left == right || !seq_lt(ack, left) || !seq_lt(left, seen) || count >= ACK_BLOCKS)
+			continue;
+		if (seq_lt(seen, right))
+			right = seen;
+		BOUND(here, 3);
+		notes->sack[2 * here] = left;
+		notes->sack[2 * here + 1] = right;
+		count = here + 1;
+	}
+	return forget(notes, 2, count);
 }

@@ -27,7 +27,18 @@ MARK_SHIFT, MARK_MAX = 20, 0xFFF  # of skb->mark the upper 12 bits are the secre
 MAX_VLAN = 4094
 
 # STAGE_* of bpf/maps.h
-TC_STAGES = ("drain", "split", "p4_prove", "s1_deliver", "pass_whole", "hold", "split_udp", "partial", "p4_datagram")
+TC_STAGES = (
+    "drain",
+    "split",
+    "p4_prove",
+    "s1_deliver",
+    "pass_whole",
+    "hold",
+    "split_udp",
+    "partial",
+    "p4_datagram",
+    "answer",
+)
 XDP_STAGES = ("p3_arrive", "s1_arrive")
 STREAM_WORDS, DGRAM_WORDS, HASH_PAD = 512, 16384, 32  # of bpf/constants.h
 JUMBO_STREAM_WORDS = 4096  # keys for a slot of 16 KiB

@@ -53,6 +53,7 @@ DROPS = (
     "emit",
     "early_ack",
     "bad_gso",
+    "closed",
 )
 EVENTS = {1: "divergence", 2: "high_water", 3: "timeout", 4: "kick"}
 MAX_NICS = 64  # likewise of bpf/constants.h

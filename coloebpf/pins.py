@@ -7,8 +7,8 @@ from coloebpf.errors import BpfError
 from coloebpf.shapes import RUN_DIR, Shapes
 
 TC_PROGRAMS = (
-    "p1_mirror", "p2_output", "hold", "split", "split_udp", "pass_whole", "partial", "p4_prove", "p4_datagram", "drain",
-    "s1_deliver", "s2_output", "s3_isolate", "link_deliver", "flush", "sweep",
+    "p1_mirror", "p2_output", "hold", "split", "split_udp", "pass_whole", "partial", "p4_prove", "p4_datagram",
+    "answer", "drain", "s1_deliver", "s2_output", "s3_isolate", "link_deliver", "flush", "sweep",
 )  # fmt: skip
 XDP_PROGRAMS = ("link_arrive", "p3_arrive", "s1_arrive")
 MAPS = (

@@ -31,6 +31,8 @@ PARALLEL = 500 if FULL else 60
 LOSSY_BULK = 20_000_000 if FULL else 3_000_000
 LOSSY_PARALLEL = 50 if FULL else 10
 LOSSY_REQUESTS = 20_000 if FULL else 3_000
+LOSSY_SECONDS = 30.0 if FULL else 15.0  # for one transfer of LOSSY_BULK; measured: well under one at the smaller size
+SETTLE_LOST = 3.0  # seconds for the last retransmissions
 SETTLE = 30.0  # seconds for the last segments to be sent again and proven
 TRAFFIC = str(Path(__file__).parent / "traffic.py")
 # What asks for a checkpoint because one side is late is no difference between the two: a lost frame of the SVM's comes
@@ -75,11 +77,11 @@ def address(lab: Lab, family: str) -> str:
     return nic.guest_v4 if family == "v4" else nic.guest_v6
 
 
-def fetch(lab: Lab, family: str, count: int, least: int, most: int, seed: int) -> None:
-    """Downloads at once, each checked; nothing may be missing or wrong."""
+def fetch(lab: Lab, family: str, count: int, least: int, most: int, seed: int, way: str = "fetch") -> float:
+    """Downloads (or uploads: `send`) at once, each checked; nothing may be missing or wrong. Returns the seconds."""
     with inside(lab.plan.namespace("client")):
         done = subprocess.run(
-            [sys.executable, TRAFFIC, "fetch", address(lab, family), *map(str, (count, least, most, seed))],
+            [sys.executable, TRAFFIC, way, address(lab, family), *map(str, (count, least, most, seed))],
             capture_output=True,
             text=True,
             check=True,
@@ -87,6 +89,7 @@ def fetch(lab: Lab, family: str, count: int, least: int, most: int, seed: int) -
     result = json.loads(done.stdout)
     print(f"{result['bytes'] / 1e6:.0f} MB in {result['seconds']} s")
     assert result["errors"] == []
+    return float(result["seconds"])
 
 
 def benchmark(lab: Lab, family: str, load: redis.Load) -> None:
@@ -159,23 +162,25 @@ PLACES = {
 }
 
 
-# The SVM hears of a lost frame of its own only by its retransmission timeout, since the client acknowledges nothing of
-# what is held; with several losses it goes on by one segment a timeout, and the timeout doubles.
-SLOW = pytest.mark.xfail(run=FULL, reason="a frame lost on the forward link costs the SVM a retransmission timeout")
-
-
-@pytest.mark.parametrize(
-    "place", [pytest.param(place, marks=[SLOW] if "secondary" in place else []) for place in PLACES]
-)
+@pytest.mark.parametrize("place", PLACES)
 def test_one_frame_in_a_hundred_lost(lab: Lab, place: str) -> None:
     node, device, side = PLACES[place]
     set_offloads(lab, "off")  # so that a frame is a frame
     try:
         with Loss(lab.plan.namespace(node), device, side) as loss:
-            fetch(lab, "v4", 1, LOSSY_BULK, LOSSY_BULK, 3)
+            for family in ("v4", "v6"):
+                for way in ("fetch", "send"):
+                    assert fetch(lab, family, 1, LOSSY_BULK, LOSSY_BULK, 3, way) < LOSSY_SECONDS
             fetch(lab, "v6", LOSSY_PARALLEL, 100_000, 300_000, 4)
-            benchmark(lab, "v4", redis.Load("SET and GET", LOSSY_REQUESTS, 1, ("-t", "set,get")))
+            fetch(lab, "v4", LOSSY_PARALLEL, 100_000, 300_000, 5, "send")
             assert_agreed(lab)
+            benchmark(lab, "v4", redis.Load("SET and GET", LOSSY_REQUESTS, 1, ("-t", "set,get")))
             assert loss.lost > 0
+        # redis-benchmark ends with connections half open. A client that gives up never repeats the SYN that the SVM has
+        # not got, so the PVM's SYN-ACK is late, and for that the service asks for a checkpoint.
+        time.sleep(SETTLE_LOST)
+        if lab.nic()["held"]:
+            lab.checkpoint()
+        assert_agreed(lab)
     finally:
         set_offloads(lab, "on")
