@@ -57,7 +57,7 @@ stress:
 traffic:
 	$(MAKE) deps-test
 	$(MAKE) venv
-	COLOEBPF_TRAFFIC=full $(PY) -m pytest tests/lab/test_traffic.py
+	COLO_TRAFFIC=full $(PY) -m pytest tests/lab/test_traffic.py
 
 vm-test:
 	$(MAKE) deps-test
