@@ -57,7 +57,7 @@ class Commands(Protocol):
         """One checkpoint, to its commit."""
 
     async def failover(self, pair: str) -> str:
-        """On a primary: it gives up the secondary and goes on alone. On a secondary: it is promoted."""
+        """On a primary: it falls silent, and the secondary takes over. On a secondary whose primary is gone: likewise."""
 
     async def protect(self, pair: str) -> str:
         """Begins the protection; on a primary, to the first commit."""
@@ -193,7 +193,7 @@ def _request(line: bytes) -> dict[str, str]:
 
 def _listen(path: Path) -> socket.socket:
     """A listening socket at `path`, in place of one that a service left which is gone. Raises OSError, ServiceError."""
-    if _answers(path):
+    if answers(path):
         raise ServiceError(f"another coloebpf service answers at {path}: stop it first (systemctl stop coloebpf)")
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -210,7 +210,8 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
+    """A service listens there."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))

@@ -19,6 +19,7 @@ from coloebpf.detaching import detach
 from coloebpf.errors import ServiceError
 from coloebpf.model import Sizes, State
 from coloebpf.service.config import Config, Exemption, PairConfig
+from coloebpf.service.control_socket import answers
 from coloebpf.service.log import say
 
 log = logging.getLogger("coloebpf.hooks")
@@ -116,8 +117,10 @@ def _entry(exempt: Exemption) -> tuple[int, int, str]:
 def take_down(config: Config) -> bool:
     """Takes the dataplane off this host, for good; False if there was none.
 
-    Raises ServiceError while a pair is protected: what it holds would be lost, and its SVM would speak.
+    Raises ServiceError while a service works it, or a pair is protected: what is held would be lost, and an SVM speak.
     """
+    if answers(config.host.control_socket):
+        raise ServiceError("the service runs: stop it first (systemctl stop coloebpf)")
     if not pins.any_there(config.host.pins):
         return False
     with Control.open(config.host.pins) as control:

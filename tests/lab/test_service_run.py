@@ -105,6 +105,26 @@ def test_a_pair_goes_and_comes_by_reloads_but_not_while_it_is_protected(lab: Ser
     client.goes_on()
 
 
+def test_detach_takes_the_dataplane_away_when_nobody_needs_it(lab: ServiceLab) -> None:
+    client = lab.fresh()
+    detach = ["lab", "exec", "--name", lab.plan.name, "primary", "--", *CLI, "detach", "--config"]
+    detach.append(str(services.directory(lab.plan, "primary") / "coloebpf.toml"))
+    assert "the service runs" in coloebpf(*detach).stderr
+    lab.kill("primary", signal.SIGTERM)
+    assert "guest is lockstep: coloebpf unprotect guest first" in coloebpf(*detach).stderr
+    lab.start("primary")
+    lab.in_lockstep()
+    services.client_of(lab.plan, "primary", "unprotect", pair=services.PAIR_NAME)
+    lab.kill("primary", signal.SIGTERM)
+    assert coloebpf(*detach).stdout == "the dataplane is gone\n"
+    assert "coloebpf" not in filters(lab)
+    assert coloebpf(*detach).stdout == "there was no dataplane\n"
+    client.goes_on()
+    lab.start("primary")
+    services.protect(lab.plan, lab.running)
+    client.goes_on()
+
+
 def filters(lab: ServiceLab) -> str:
     """Of the primary's vif."""
     command = ["tc", "-n", lab.plan.namespace("primary"), "filter", "show", "dev", "vif1.0", "ingress"]

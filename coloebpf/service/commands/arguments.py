@@ -18,7 +18,7 @@ PKI = Path("/etc/coloebpf/pki")
 
 ORDERS = (
     ("checkpoint", "take a checkpoint of a pair now, and wait for its commit"),
-    ("failover", "on the secondary's host: make its guest the one that clients reach; on the primary's: go on alone"),
+    ("failover", "let the secondary take over: asked of the primary, or of the secondary when the primary is gone"),
     ("protect", "begin the protection of a pair, and wait for the first checkpoint"),
     ("unprotect", "end the protection of a pair; its guest goes on, uncompared"),
 )
@@ -46,6 +46,14 @@ def add(areas: Any) -> None:
         order = _add(areas, name, _order, text)
         order.add_argument("pair", metavar="PAIR", help="its name in the configuration")
         _add_socket(order)
+
+    detach = _add(
+        areas,
+        "detach",
+        _detach,
+        "take programs and maps off this host, when no service runs and no pair is protected",
+    )
+    _add_config(detach)
 
     doctor = _add(
         areas, "doctor", _doctor, "check this host and say what to do about each finding; exit code 1: something fails"
@@ -130,6 +138,13 @@ def _order(args: argparse.Namespace) -> None:
 
     with client.connected(args.socket) as service:
         print(service.ask(args.title, client.ORDER_S, pair=args.pair))
+
+
+def _detach(args: argparse.Namespace) -> None:
+    from coloebpf.service import config, hooks
+
+    found = hooks.take_down(config.load(args.config))
+    print("the dataplane is gone" if found else "there was no dataplane")
 
 
 def _doctor(args: argparse.Namespace) -> int:
