@@ -6,20 +6,6 @@ from typing import Any
 
 from coloebpf.units import duration
 
-TCP = 6
-PROTOCOLS = {1: "ICMP", TCP: "TCP", 17: "UDP", 58: "ICMPv6"}
-DIFFERENCES = {
-    "payload": "the bytes differ",
-    "flags": "the TCP flags differ",
-    "options": "the TCP options differ",
-    "rst": "one side reset the connection",
-    "fin": "the streams end at different places",
-    "datagram": "the datagrams differ",
-    "missing_on_svm": "the secondary did not send it",
-    "missing_on_pvm": "the primary did not send it",
-    "structure": "the packets are of different kinds",
-}
-
 
 def up_text(record: dict[str, Any]) -> str:
     """What `lab up` made."""
@@ -58,22 +44,6 @@ def status_text(status: dict[str, Any]) -> str:
 
 def _state(service: dict[str, Any] | None) -> str:
     return "not running" if service is None else str(service["pairs"][0]["state"]) if service["pairs"] else "loading"
-
-
-def event_text(event: dict[str, Any]) -> str:
-    """A divergence, in two lines."""
-    flow, proto = event["flow"], event["flow"]["proto"]
-    guest, remote = (_endpoint(flow[side], flow[side + "_port"]) for side in ("guest", "remote"))
-    place = f"at stream position {event['offset']}" if proto == TCP else f"{event['offset']} bytes"
-    return (
-        f"divergence: {DIFFERENCES.get(event['reason'], event['reason'])}; "
-        f"{PROTOCOLS.get(proto, f'protocol {proto}')} {guest} to {remote}\n"
-        f"            {place}, epoch {event['epoch']}: primary {event['pvm_digest']}, secondary {event['svm_digest']}"
-    )
-
-
-def _endpoint(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _amount(nic: dict[str, Any], what: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -49,6 +50,22 @@ def protect(plan: LabPlan, running: Mapping[str, subprocess.Popen[bytes]]) -> No
     _wait(plan, "secondary", running["secondary"], lambda service: service["pairs"][0]["state"] == "lockstep")
 
 
+def engine_socket(plan: LabPlan, host: str) -> Path:
+    """Where a host's model engine takes commands."""
+    return directory(plan, host) / "engine.sock"
+
+
+def tell_engine(plan: LabPlan, **command: Any) -> None:
+    """A command for the primary's model engine (engines/model.py)."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(client.ANSWER_S)
+        connection.connect(str(engine_socket(plan, "primary")))
+        connection.sendall(json.dumps(command).encode() + b"\n")
+        answer = json.loads(connection.makefile().readline())
+    if not answer["ok"]:
+        raise LabError(f"the model engine refuses {command}: {answer['error']}")
+
+
 def directory(plan: LabPlan, host: str) -> Path:
     """Where a service has its files: configuration, log, sockets."""
     return plan.run_dir / host
@@ -75,9 +92,13 @@ def configure(plan: LabPlan, host: str, changes: str = "", pair_changes: str = "
     lines += [
         *("[[pair]]", f'name = "{PAIR_NAME}"', f"number = {PAIR}", f'role = "{host}"', 'engine = "model"'),
         *(f'arbiter = "{plan.arbiter}"', pair_changes),
-        # A process can't be copied: it keeps its connections' numbers, and what it knows.
-        *("[pair.model]", f"copies = {json.dumps(not plan.talks)}", f'socket = "{home}/engine.sock"'),
+        "[pair.model]",
+        f'socket = "{engine_socket(plan, host)}"',
     ]
+    if plan.talks:
+        # A process can't be copied: it keeps its connections' numbers, and what it knows. What it says while a
+        # checkpoint is under way is lost, where a copied VM would say it again; so that takes no time.
+        lines += ["copies = false", "commit_delay_ms = 0"]
     for nic in plan.nic_list():
         lines += [
             *("[[pair.nic]]", f"number = {nic.nic}", f'vif = "{nic.vif}"', f'fwd = "{nic.fwd}"', f"vlan = {nic.vlan}"),

@@ -57,7 +57,7 @@ class Commands(Protocol):
         """One checkpoint, to its commit."""
 
     async def failover(self, pair: str) -> str:
-        """On a primary: it falls silent, and the secondary takes over. On a secondary whose primary is gone: likewise."""
+        """Lets the secondary take over. A primary falls silent for it; a secondary does it if its primary is gone."""
 
     async def protect(self, pair: str) -> str:
         """Begins the protection; on a primary, to the first commit."""

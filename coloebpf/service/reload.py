@@ -11,6 +11,7 @@ from coloebpf.service import config_reload
 from coloebpf.service.assemble import Service
 from coloebpf.service.config import Config, PairConfig
 from coloebpf.service.config_reload import PairChange, Reload
+from coloebpf.service.engines import making
 from coloebpf.service.log import say
 
 log = logging.getLogger("coloebpf.reload")
@@ -80,5 +81,7 @@ async def _live(service: Service, change: PairChange) -> None:
         await service.hooks.attach(new)  # over the running one: policies are in what it writes
     if "exempt" in change.keys:
         service.hooks.exempt(new)
-    service.pairs[new.number].reconfigure(new)
+    pair = service.pairs[new.number]
+    pair.reconfigure(new)
+    making.reconfigure(pair.engine, new)
     say(log, logging.INFO, "pair is changed", pair=new.name, keys=", ".join(change.keys))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -156,14 +154,6 @@ class ServiceLab:
     def checkpoint(self) -> int:
         """Returns the new epoch."""
         return services.checkpoint(self.plan)["epoch"]
-
-    def engine(self, **command: Any) -> None:
-        """Tells the primary's model engine what to do."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(SOON)
-            connection.connect(str(services.directory(self.plan, "primary") / "engine.sock"))
-            connection.sendall(json.dumps(command).encode() + b"\n")
-            assert json.loads(connection.makefile().readline())["ok"]
 
     def log(self, host: str) -> str:
         return (services.directory(self.plan, host) / services.LOG).read_text()

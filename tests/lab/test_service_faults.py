@@ -40,7 +40,7 @@ def test_given_a_checkpoint_when_the_primarys_service_is_killed_then_the_next_on
     lab: ServiceLab,
 ) -> None:
     client = lab.fresh()
-    lab.engine(do="hang")
+    services.tell_engine(lab.plan, do="hang")
     with suppress(ColoError):
         threading.Thread(target=_ask, args=(lab,), daemon=True).start()
     until(lambda: lab.state("primary") == "checkpointing", "the checkpoint has begun")
@@ -101,7 +101,7 @@ def test_given_lockstep_when_the_primary_is_switched_off_then_the_replica_goes_o
 
 def test_given_a_checkpoint_when_the_primary_is_switched_off_then_the_replica_goes_on(lab: ServiceLab) -> None:
     client = lab.fresh(peer_timeout_ms=DEFAULT_MS)
-    lab.engine(do="hang")
+    services.tell_engine(lab.plan, do="hang")
     threading.Thread(target=_ask, args=(lab,), daemon=True).start()
     until(lambda: lab.state("primary") == "checkpointing", "the checkpoint has begun")
     services.switch_off(lab.plan, "primary")

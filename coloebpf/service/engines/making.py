@@ -28,6 +28,12 @@ def make(pair: PairConfig, notifier: Notifier, emit: Emit) -> Engine:
     return ModelEngine(emit, pair.model.commit_delay_ms / 1000, pair.model.socket, copies=pair.model.copies)
 
 
+def reconfigure(engine: Engine, pair: PairConfig) -> None:
+    """What a reload may change in a running engine."""
+    if isinstance(engine, ModelEngine):
+        engine.commit_delay_s = pair.model.commit_delay_ms / 1000
+
+
 class KeptConnections:
     """libxl's connections that an earlier process accepted, and systemd has kept."""
 
