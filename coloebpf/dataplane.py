@@ -165,16 +165,15 @@ class Dataplane:
             plane._module = module
             if kept is None:
                 plane._fill()
-            shapes.note_source(pin_dir, "")  # until all of them are this one's
+            shapes.note_source(pin_dir, "")  # until settled()
             plane._publish()
-            shapes.note_source(pin_dir, _source(flags))
             undo.pop_all()
         tuning.raise_backlog(2 * sizes.slots)
         return plane
 
     @classmethod
     def reuse(cls, pin_dir: Path, sizes: Sizes) -> Dataplane | None:
-        """What is pinned, if load() would make the same again; else None. Raises as load() does for maps of no use."""
+        """What is pinned and settled, if load() would make the same; else None. Raises as load() does for its maps."""
         if not pins.any_there(pin_dir) or shapes.noted_source(pin_dir) != _source(defines(sizes, pin_dir)):
             return None
         kinds = _kept(pin_dir, sizes)
@@ -281,15 +280,40 @@ class Dataplane:
         bpfsys.delete(self._fd("nics"), ct.c_uint32(value.vif))
         bpfsys.update(self._fd("nic_by_id"), ct.c_uint32(nic), type(value)())
 
+    def settled(self) -> None:
+        """Every NIC has these programs: a start after this one may go on with them (reuse)."""
+        shapes.note_source(self.pin_dir, _source(defines(self.sizes, self.pin_dir)))
+
+    def is_attached(self, spec: NicSpec) -> bool:
+        """For programs that were reused: attach() would change nothing, but for offloads that somebody turned on."""
+        mac = check_spec(spec)
+        with netdev.Devices() as devices:
+            vif, fwd = devices.find(spec.vif), devices.find(spec.fwd)
+            there = self._kinds.leaf("nics")()
+            wanted = self._nic(spec, mac, vif.index, fwd.index)
+            if not bpfsys.lookup(self._fd("nics"), ct.c_uint32(vif.index), there):
+                return False
+            wanted.exempts, wanted.flags = there.exempts, there.flags
+            hooks = ((vif, "egress"), (vif, "ingress"), (fwd, "ingress"))
+            return (
+                bytes(wanted) == bytes(there)
+                and all(devices.check_free(device, side) for device, side in hooks)
+                and devices.check_xdp_free(fwd)
+            )
+
+    def _nic(self, spec: NicSpec, mac: bytes, vif: int, fwd: int) -> Any:
+        nic = self._kinds.leaf("nics")()
+        nic.id, nic.pair, nic.role = spec.nic, spec.pair, int(spec.role)
+        nic.vif, nic.fwd, nic.vlan, nic.mac[:] = vif, fwd, spec.vlan, mac
+        nic.arp, nic.nd, nic.other = int(spec.arp), int(spec.nd), int(spec.other)
+        return nic
+
     def _register(self, undo: ExitStack, spec: NicSpec, mac: bytes, vif: int, fwd: int, made: int) -> None:
         before = self._kinds.leaf("nics")()
         bpfsys.lookup(self._fd("nic_by_id"), ct.c_uint32(spec.nic), before)
         exempts = before.exempts  # the exemption map is by NIC, whatever device it had
         flags = before.flags if bpfsys.lookup(self._fd("nics"), ct.c_uint32(vif), before) else 0
-        nic = self._kinds.leaf("nics")()
-        nic.id, nic.pair, nic.role = spec.nic, spec.pair, int(spec.role)
-        nic.vif, nic.fwd, nic.vlan, nic.mac[:] = vif, fwd, spec.vlan, mac
-        nic.arp, nic.nd, nic.other = int(spec.arp), int(spec.nd), int(spec.other)
+        nic = self._nic(spec, mac, vif, fwd)
         nic.exempts, nic.flags = exempts, flags | made
         link = self._kinds.key("links")()
         link.fwd, link.vlan = fwd, spec.vlan

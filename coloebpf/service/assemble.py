@@ -263,6 +263,7 @@ class Service:
         await self.hooks.load()
         for pair in pairs:
             await self.hooks.attach(pair)
+        self.hooks.settled()
 
     async def _load_again(self) -> None:
         """Behind a restart: what ran before goes on, if this fails."""

@@ -21,10 +21,15 @@ from coloebpf.service.reload import apply
 
 log = logging.getLogger("coloebpf.daemon")
 
+# A thread (status, /metrics, attaching) gives way to the event loop after so many seconds; Python's own 5 ms are more
+# than libxl's COLO_CHECKPOINT may wait.
+SWITCH_S = 0.0002
+
 
 def run(path: Path) -> int:
     """Serves until SIGTERM or SIGINT. Raises ConfigErrors for a file that can't be used, a ColoError for what fails."""
     config = configuration.load(path)
+    sys.setswitchinterval(SWITCH_S)
     begin_log(config.host.log_level, os.environ)
     asyncio.run(serve(config, Notifier.from_environment()))
     return 0

@@ -19,6 +19,7 @@ from coloebpf.service.status import FINDINGS
 log = logging.getLogger("coloebpf.feed")
 
 EVENTS = 256  # that are taken in one go, some 2 ms; the rest comes in the loop's next round
+LOOK_AFTER_S = 0.01  # a thread that runs would hold up the request that has just been decided on
 BOOK_FLOWS = 64  # flows in which a walk looks for the SVMs' addresses: some 0.3 ms
 
 
@@ -60,6 +61,7 @@ class Feed:
         """Reads both sides' records of what was found, logs and counts it. In a thread, for the table is large."""
         while True:
             findings = await self._unseen.get()
+            await asyncio.sleep(LOOK_AFTER_S)
             try:
                 seen = await asyncio.to_thread(self._comparer.look, findings)
             except (ColoError, OSError) as e:

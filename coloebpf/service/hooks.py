@@ -34,6 +34,7 @@ class Hooks:
     def __init__(self, pin_dir: Path, sizes: Sizes) -> None:
         self.pin_dir, self._sizes = pin_dir, sizes
         self._plane: Dataplane | None = None
+        self._same = False  # its programs ran before
         self._control: Control | None = None
 
     @property
@@ -57,17 +58,25 @@ class Hooks:
         """Compiles and loads, unless the running programs are the same; attach() replaces those. Raises ColoError."""
         begin = time.monotonic()
         self._plane = await asyncio.to_thread(Dataplane.reuse, self.pin_dir, self._sizes)
-        same = self._plane is not None
-        if not same:
+        self._same = self._plane is not None
+        if not self._same:
             self._plane = await asyncio.to_thread(Dataplane.load, self.pin_dir, self._sizes)
         took_s = f"{time.monotonic() - begin:.1f}"
-        say(log, logging.INFO, "dataplane is loaded", pins=self.pin_dir, as_before=same, took_s=took_s)
+        say(log, logging.INFO, "dataplane is loaded", pins=self.pin_dir, as_before=self._same, took_s=took_s)
 
     async def attach(self, pair: PairConfig) -> None:
-        """Puts the programs on the pair's devices, in place of those there. Raises a child of ColoError."""
+        """Puts the programs on the pair's devices, in place of others of ours. Raises a child of ColoError."""
+        plane = self._loaded()
         for nic in pair.nics:
-            await asyncio.to_thread(self._loaded().attach, nic.spec(pair))
+            spec = nic.spec(pair)
+            if self._same and await asyncio.to_thread(plane.is_attached, spec):
+                continue
+            await asyncio.to_thread(plane.attach, spec)
             say(log, logging.INFO, "attached", pair=pair.name, nic=nic.number, vif=nic.vif, fwd=nic.fwd)
+
+    def settled(self) -> None:
+        """All pairs are attached."""
+        self._loaded().settled()
 
     async def detach(self, pair: PairConfig) -> None:
         """Takes them off."""

@@ -78,6 +78,20 @@ class ServiceLab:
 
     def fresh(self, arbiter: str = "command", peer_timeout_ms: int = PATIENT_MS, **changes: str) -> Counter:
         """Everything up and in lock-step, and a client that counts. `changes`: of services.configure()."""
+        self.reset(arbiter, peer_timeout_ms, **changes)
+        self.start(*HOSTS)
+        services.protect(self.plan, self.running)
+        return self.counted()
+
+    def counted(self) -> Counter:
+        """A client that counts from now on."""
+        self.counter = Counter(self.connect())
+        self.counter.start()
+        self.counter.goes_on()
+        return self.counter
+
+    def reset(self, arbiter: str = "command", peer_timeout_ms: int = PATIENT_MS, **changes: str) -> None:
+        """Everything up, but no service runs and no pair is protected."""
         self.leave()
         self.plan = replace(self.plan, arbiter=arbiter, peer_timeout_ms=peer_timeout_ms)
         for node in (*HOSTS, *GUESTS):
@@ -95,17 +109,12 @@ class ServiceLab:
             replica.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
             replica.ask("FLUSHALL")
             replica.close()
-        self.start(*HOSTS)
-        services.protect(self.plan, self.running)
-        self.counter = Counter(self.connect())
-        self.counter.start()
-        self.counter.goes_on()
-        return self.counter
 
     def leave(self) -> None:
         """Ends the client and the services."""
         if self.counter is not None:
             self.counter.finish()
+            self.counter = None
         for host in HOSTS:
             self.kill(host)
 

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from coloebpf.errors import ColoError
-from coloebpf.lab import services
+from coloebpf.lab import guests, services
 from tests.lab.service_lab import FWD, MANAGEMENT_LINK, ServiceLab, until
 
 pytestmark = pytest.mark.lab
@@ -134,6 +134,28 @@ def test_given_no_arbiter_when_the_primary_is_switched_off_then_nobody_takes_ove
     services.client_of(lab.plan, "secondary", "failover", pair=services.PAIR_NAME)
     client.goes_on()
     assert lab.state("secondary") == "promoted"
+
+
+def test_given_lockstep_when_the_primarys_service_is_frozen_then_its_host_is_ended_and_the_replica_goes_on(
+    lab: ServiceLab,
+) -> None:
+    client = lab.fresh(peer_timeout_ms=DEFAULT_MS)
+    lab.kill("primary", signal.SIGSTOP)
+    until(lambda: lab.state("secondary") == "promoted", "the secondary takes over")
+    client.goes_on(50)
+    until(lambda: not guests.running(lab.plan, "primary"), "the arbiter has switched it off, frozen or not")
+
+
+@pytest.mark.parametrize("host", ["primary", "secondary"])
+def test_given_lockstep_when_a_service_is_frozen_for_a_moment_then_nothing_changes(lab: ServiceLab, host: str) -> None:
+    client = lab.fresh()
+    lab.kill(host, signal.SIGSTOP)
+    client.goes_on(100)
+    time.sleep(0.5)
+    lab.kill(host, signal.SIGCONT)
+    lab.in_lockstep()
+    lab.checkpoint()
+    client.goes_on()
 
 
 # ---- links are cut ---------------------------------------------------------------------------------------------------
