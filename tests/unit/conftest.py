@@ -54,8 +54,10 @@ def session_rig() -> Iterator[Rig]:
         with inside(name):
             for spec in SPECS:
                 plane.attach(spec)
-            with Control.open(pin_dir) as control:
-                yield Rig(name, plane, control)
+            control = Control.open(pin_dir)
+            rig = Rig(name, plane, control)
+        with control:  # outside: the tests that come later in this session are not of this namespace
+            yield rig
     finally:
         with inside(name):
             detach(pin_dir)
