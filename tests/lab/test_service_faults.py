@@ -80,6 +80,23 @@ def test_given_lockstep_when_the_service_is_told_to_end_then_the_dataplane_stays
     lab.in_lockstep()
 
 
+def test_given_the_policy_open_when_the_service_stays_away_then_what_differs_passes_until_the_next_one(
+    lab: ServiceLab,
+) -> None:
+    client = lab.fresh("none", pair_changes='on_service_loss = "open"\nservice_loss_after_ms = 500')
+    lab.set_apart("who", "the primary says", "the other's word")
+    lab.kill("primary")
+    time.sleep(0.6)
+    other = lab.connect()
+    assert other.ask("GET", "who") == b"the primary says"
+    other.close()
+    client.goes_on()
+    lab.start("primary")
+    lab.in_lockstep()
+    assert lab.pair("primary")["checkpoints"]  # a copy that includes what has passed
+    client.goes_on()
+
+
 # ---- the other host is lost ------------------------------------------------------------------------------------------
 
 
