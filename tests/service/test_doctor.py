@@ -162,7 +162,7 @@ def test_the_maps_take_about_what_is_said() -> None:
     try:
         Dataplane.load(pin_dir, sizes := Sizes(slots=4096, flows=4096))
         taken = 0
-        for name in ("slab", "held", "flows", "flow_refs", "free_slots", "free_flows"):
+        for name in ("slab", "held", "flows", "flow_refs", "magazines", "free_flows"):
             said = subprocess.run(
                 ["bpftool", "-j", "map", "show", "pinned", str(pin_dir / name)], capture_output=True, check=True
             )
