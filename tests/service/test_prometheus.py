@@ -25,7 +25,11 @@ pytestmark = [
     pytest.mark.lab,
     pytest.mark.skipif(not shutil.which("prometheus"), reason="Debian's package prometheus is not installed"),
 ]
-PORT, EXPORTER = 9090, 9877
+PORT, EXPORTER, SERVICE = (
+    9090,
+    9878,
+    9877,
+)  # the exporter shows a status with everything in it; the lab's own service, its own
 WAIT = 30.0  # seconds for Prometheus to start, or to have scraped something
 CLI = (sys.executable, "-m", "coloebpf", "lab")
 SIZE = 100_000
@@ -34,6 +38,8 @@ global: {{scrape_interval: 1s, evaluation_interval: 1s}}
 scrape_configs:
   - job_name: coloebpf
     static_configs: [targets: ["127.0.0.1:{EXPORTER}"]]
+  - job_name: service
+    static_configs: [targets: ["127.0.0.1:{SERVICE}"]]
 rule_files: ["{exprs.RULES}"]
 """
 
@@ -144,8 +150,13 @@ def test_what_the_programs_counted_is_what_prometheus_has(prometheus: Prometheus
 
 
 def test_the_scrape_is_sound(prometheus: Prometheus) -> None:
-    (target,) = prometheus.ask("targets")["activeTargets"]
-    assert (target["health"], target["lastError"]) == ("up", "")
+    targets = prometheus.ask("targets")["activeTargets"]
+    assert [(target["health"], target["lastError"]) for target in targets] == [("up", "")] * 2
+
+
+def test_the_running_service_is_scraped(prometheus: Prometheus) -> None:
+    prometheus.wait(lambda: prometheus.value('coloebpf_pair_state{job="service",state="lockstep"}') == 1)
+    assert (prometheus.value('sum(coloebpf_compared_bytes_total{job="service"})') or 0) >= SIZE
 
 
 def test_every_name_arrives(prometheus: Prometheus) -> None:
