@@ -109,7 +109,7 @@ def main() -> None:
     before = programs()
     start = time.monotonic()
     try:
-        record = json.loads(lab("up", "--guests", "none", "--json"))
+        record = json.loads(lab("up", "--bare", "--guests", "none", "--json"))
         print(f"up after {time.monotonic() - start:.1f} s: {len(programs()) - len(before)} programs", flush=True)
         exchange(record)
     finally:
