@@ -19,7 +19,7 @@ from coloebpf.netns import inside
 from tests.bench.errors import BenchError
 from tests.bench.feeder import Ports
 
-FLOWS = 1 << 19  # the dataplane's table: every run of 100,000 flows brings new ones
+FLOWS = 1 << 20  # the dataplane's table: every run of 100,000 flows brings new ones
 PROGRAMS = {
     "primary": {"P1": "p1_mirror", "P2": "p2_output", "P3": "link_arrive", "P4": "link_deliver"},
     "secondary": {"S1": "link_arrive", "S1 delivery": "link_deliver", "S2": "s2_output", "S3": "s3_isolate"},
