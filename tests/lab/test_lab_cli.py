@@ -15,6 +15,7 @@ from coloebpf.cli import main
 from coloebpf.errors import ColoError
 from coloebpf.lab.plan import LabPlan
 from tests.lab.conftest import CLI, coloebpf
+from tests.nobody import AS_NOBODY, need_nobody
 
 Wires = Callable[..., LabPlan]
 
@@ -133,8 +134,9 @@ def test_a_missing_piece_is_a_sentence_before_anything_is_made(
 
 
 def test_without_root_up_is_a_sentence(lab_name: str) -> None:
+    need_nobody()
     done = subprocess.run(
-        ["setpriv", "--reuid=65534", "--clear-groups", "--", *CLI, "lab", "up", "--name", lab_name],
+        [*AS_NOBODY, *CLI, "lab", "up", "--name", lab_name],
         capture_output=True,
         text=True,
         check=False,

@@ -25,6 +25,7 @@ from coloebpf.service import control_socket
 from coloebpf.service.commands import client
 from coloebpf.service.control_socket import ControlSocket
 from coloebpf.service.status import Status
+from tests.nobody import AS_NOBODY, need_nobody
 from tests.service import samples
 
 
@@ -379,6 +380,7 @@ def test_a_service_that_hangs_up_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_without_the_right_to_connect_is_a_sentence(tmp_path: Path) -> None:
+    need_nobody()
     path = tmp_path / "s"
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents:
@@ -390,7 +392,7 @@ def test_without_the_right_to_connect_is_a_sentence(tmp_path: Path) -> None:
         listener.listen(1)
         script = f"from pathlib import Path\nfrom coloebpf.service.commands import client\nwith client.connected(Path({str(path)!r})): pass"
         done = subprocess.run(
-            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", sys.executable, "-c", script],
+            [*AS_NOBODY, sys.executable, "-c", script],
             capture_output=True,
             text=True,
             check=False,
