@@ -1,4 +1,4 @@
-/* The dataplane of one host, whole. Which program runs where: bpf/link.c, bpf/primary.c, bpf/secondary.c; bpf/drain.c releases. */
+/* The dataplane of one host, whole. Which program runs where: bpf/link.c, bpf/primary.c, bpf/prove.c, bpf/secondary.c; bpf/drain.c releases. */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/in.h>
 #include <uapi/linux/in6.h>
@@ -20,6 +20,7 @@
 #include "partial.c"
 #include "answer.c"
 #include "primary.c"
+#include "prove.c"
 #include "split.c"
 #include "link.c"
 #include "secondary.c"
