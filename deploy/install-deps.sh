@@ -6,9 +6,9 @@ repo=$(cd "$(dirname "$0")/.." && pwd)
 
 # What runs coloebpf and its lab.
 packages=(python3-bpfcc python3-cryptography linux-headers-amd64 bpftool iproute2 ethtool python3-venv python3-pip procps kmod
-          redis-server redis-tools)
+          redis-server redis-tools qemu-system-x86 busybox-static cpio)
 # What the tests and benchmarks drive on top of it.
-test_packages=(qemu-system-x86 qemu-system-common busybox-static cpio gcc libc6-dev nginx-light curl iperf3 nftables tcpdump
+test_packages=(qemu-system-common gcc libc6-dev nginx-light curl iperf3 nftables tcpdump
                prometheus etcd-server systemd)
 # Servers whose packages would start them at once and at each boot; the lab starts its own copies in its namespaces.
 services=(redis-server nginx prometheus etcd)
@@ -53,7 +53,7 @@ install_missing() {
     done
 }
 
-# The kernel that tests/vm boots is unpacked, not installed: an installed one could become this machine's own at its next boot.
+# The kernel that virtual machines boot is unpacked, not installed: an installed one could become this machine's own at its next boot.
 fetch_vm_kernel() {
     local cache=$repo/.cache/vm-kernel package
     compgen -G "/boot/vmlinuz-*-cloud-amd64" >/dev/null && return
@@ -70,7 +70,10 @@ fetch_vm_kernel() {
 }
 
 case "${1:-lab}" in
-    lab) install_missing "${packages[@]}" ;;
+    lab)
+        install_missing "${packages[@]}"
+        fetch_vm_kernel
+        ;;
     test)
         install_missing "${packages[@]}" "${test_packages[@]}"
         fetch_vm_kernel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from typing import Any
 
 from coloebpf.errors import LabError
@@ -37,14 +38,15 @@ def _commands(lab: Any) -> None:
         _up,
         "make a lab, with the dataplane in lock-step",
         "sometimes",
-        usage="coloebpf lab up [--guests none|process] [--nics N] [--vlan] [--mtu 1500|9000] [--bare] "
-        "[--arbiter command|none] [--peer-timeout MS] [--name NAME] [--json] [-- CMD...]",
+        usage="coloebpf lab up [--guests none|process|qemu] [--nics N] [--vlan] [--mtu 1500|9000] "
+        "[--bare | --unprotected] [--arbiter command|none] [--peer-timeout MS] [--name NAME] [--json] [-- CMD...]",
     )
     up.add_argument(
         "--guests",
-        choices=("none", "process"),
+        choices=plan.MODES,
         help="none: bare ports without a stack (the default without CMD); "
-        "process: guests with the same address and MAC, each running CMD if one is given",
+        "process: guests with the same address and MAC, each running CMD if one is given; "
+        "qemu: virtual machines with a redis-server, one a live copy of the other",
     )
     up.add_argument("--nics", type=_nic_count, default=1, metavar="N", help="NICs of the guest (default: 1)")
     up.add_argument(
@@ -53,8 +55,12 @@ def _commands(lab: Any) -> None:
     up.add_argument(
         "--mtu", type=int, choices=plan.MTUS, default=plan.MTUS[0], help="the guest's MTU (default: %(default)s)"
     )
-    up.add_argument(
+    protection = up.add_mutually_exclusive_group()
+    protection.add_argument(
         "--bare", action="store_true", help="no services: the pair stays in lock-step, whatever happens to it"
+    )
+    protection.add_argument(
+        "--unprotected", action="store_true", help="services run, but the guest is not protected yet"
     )
     up.add_argument(
         "--arbiter", choices=plan.ARBITERS, default=plan.ARBITERS[0],
@@ -106,19 +112,22 @@ def _milliseconds(text: str) -> int:
 
 def _up(args: argparse.Namespace) -> None:
     mode = args.guests or ("process" if args.command else "none")
-    if mode == "none" and args.command:
-        args.usage_error("bare guests run no command; use --guests process")
+    if mode != "process" and args.command:
+        args.usage_error(f"guests of {mode!r} run no command; use --guests process")
+    if mode == "qemu" and args.bare:
+        args.usage_error("virtual machines are protected by services; --bare is for other guests")
     wanted = plan.LabPlan(
         args.name, mode, args.nics, args.vlan, args.mtu, tuple(args.command),
         service=not args.bare, arbiter=args.arbiter, peer_timeout_ms=args.peer_timeout,
     )  # fmt: skip
     from coloebpf.lab import needs
 
-    needs.check()
+    needs.check(needs.VIRTUAL if wanted.virtual else {})
     from coloebpf.lab import commands, hosts, report, services
 
-    record = commands.up(wanted, hosts.bring_up if args.bare else services.bring_up)
-    print(json.dumps(record, indent=1) if args.json else report.up_text(record))
+    bring_up = partial(services.bring_up, protected=not args.unprotected)
+    record = commands.up(wanted, hosts.bring_up if args.bare else bring_up)
+    print(json.dumps(record, indent=1) if args.json else report.up_text(record, not args.unprotected))
 
 
 def _execute(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from coloebpf.errors import LabError
-from coloebpf.lab import guests, state, topology
+from coloebpf.lab import guests, machine, state, topology
 from coloebpf.lab.loaders import INTERRUPTIONS, held_back
 from coloebpf.lab.plan import GUESTS, HOSTS, PAIR, LabPlan
 from coloebpf.netns import inside
@@ -67,7 +67,10 @@ def down(plan: LabPlan) -> bool:
 
 def execute(plan: LabPlan, node: str, command: list[str]) -> NoReturn:
     """Become `command` inside the node's network namespace, with this process's own mounts."""
-    with inside(state.load(plan).namespace(node)):
+    plan = state.load(plan)
+    if node not in plan.nodes:
+        raise LabError(f"{node} is a virtual machine, which has no namespace here; ask it from the client")
+    with inside(plan.namespace(node)):
         sys.stdout.flush()
         try:
             os.execvp(command[0], command)
@@ -86,7 +89,8 @@ def status(plan: LabPlan, snapshot: Snapshot, service: Service | None = None) ->
     return {
         "name": plan.name,
         "guests": plan.guests,
-        "processes": {guest: guests.running(plan, guest) for guest in GUESTS},
+        "processes": {guest: guests.running(plan, guest) for guest in GUESTS if guest in plan.nodes},
+        "machines": {host: machine.running(plan, host) for host in HOSTS},
         "agent": bool(guests.with_arguments(agent_arguments(plan))),
         "services": {host: service(plan, host) for host in HOSTS} if service else {},
         "state": pair["state"],

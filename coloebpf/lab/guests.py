@@ -17,6 +17,7 @@ from coloebpf.netns import inside
 
 SETTLE = 0.3  # seconds in which a command that can't work (bad option, port taken) has given up
 TERM_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
+END_ROUNDS = 5  # until no process starts another
 PROC = Path("/proc")
 
 
@@ -83,6 +84,14 @@ def running(plan: LabPlan, node: str, proc: Path = PROC, netns_dir: Path = NETNS
     return found
 
 
+def command_name(pid: int, proc: Path = PROC) -> str:
+    """The process's name as the kernel has it; "" if it is gone."""
+    try:
+        return (proc / str(pid) / "comm").read_text().rstrip("\n")
+    except OSError:
+        return ""
+
+
 def with_arguments(tail: list[str], proc: Path = PROC) -> list[int]:
     """The processes whose command line ends in `tail`: how the lab finds its own helpers without a pid file."""
     found = []
@@ -94,9 +103,17 @@ def with_arguments(tail: list[str], proc: Path = PROC) -> list[int]:
 
 
 def end_all(plan: LabPlan) -> int:
-    """End every process in the lab's namespaces but this one and those that started it; returns how many there were."""
-    spared = set(_ancestry())
-    return end(pid for node in NODES for pid in running(plan, node) if pid not in spared)
+    """End every process in the lab's namespaces but this one and those that started it; returns how many there were.
+
+    A service that is about to end may start another virtual machine: so until there is none.
+    """
+    spared, count = set(_ancestry()), 0
+    for _ in range(END_ROUNDS):
+        ended = end(pid for node in NODES for pid in running(plan, node) if pid not in spared)
+        count += ended
+        if not ended:
+            break
+    return count
 
 
 def end(pids: Iterable[int]) -> int:

@@ -9,6 +9,13 @@ from coloebpf.errors import PreflightError
 from coloebpf.preflight import Headers, Preflight
 
 TOOLS = {"ethtool": "ethtool", "ip": "iproute2"}  # of every lab; program -> Debian's package
+# Of one with virtual machines.
+VIRTUAL = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "redis-server": "redis-server",
+    "busybox": "busybox-static",
+    "cpio": "cpio",
+}
 
 
 def check(tools: Mapping[str, str] | None = None, preflight: Callable[[], Headers] | None = None) -> None:

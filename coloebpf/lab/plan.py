@@ -14,6 +14,7 @@ PIN_ROOT = Path("/sys/fs/bpf/coloebpf/lab")
 NODES = ("client", "lan", "primary", "secondary", "pvm", "svm")
 HOSTS = ("primary", "secondary")
 GUESTS = ("pvm", "svm")
+MODES = ("none", "process", "qemu")  # what the guests are
 # Where `lab exec` goes: the lan is a switch, nothing runs on it.
 EXEC_NODES = ("client", "primary", "secondary", "pvm", "svm")
 
@@ -87,10 +88,12 @@ class LabPlan:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        if self.guests not in ("none", "process"):
-            raise LabError(f"guests are 'none' or 'process', not {self.guests!r}")
-        if self.command and self.guests == "none":
-            raise LabError("bare guests run no command; use --guests process")
+        if self.guests not in MODES:
+            raise LabError(f"guests are one of {', '.join(MODES)}, not {self.guests!r}")
+        if self.command and self.guests != "process":
+            raise LabError(f"guests of {self.guests!r} run no command; use --guests process")
+        if self.virtual and not self.service:
+            raise LabError("virtual machines are protected by services; --bare is for other guests")
         if not 1 <= self.nics <= MAX_NICS:
             raise LabError(f"a lab's guest has 1 to {MAX_NICS} NICs, not {self.nics}")
         if self.arbiter not in ARBITERS:
@@ -101,7 +104,17 @@ class LabPlan:
     @property
     def talks(self) -> bool:
         """Whether client and guests have addresses and a stack that answers."""
-        return self.guests == "process"
+        return self.guests != "none"
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the guests are virtual machines, which live in their hosts' namespaces, on taps."""
+        return self.guests == "qemu"
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes that have a namespace."""
+        return tuple(node for node in NODES if not (self.virtual and node in GUESTS))
 
     @property
     def run_dir(self) -> Path:
@@ -164,8 +177,15 @@ class LabPlan:
             Link(End(host, nic.vif, VIF_MAC), End(guest, nic.guest_device, nic.mac), self.mtu)
             for host, guest in zip(HOSTS, GUESTS, strict=True)
             for nic in self.nic_list()
+            if not self.virtual
         ]
         return lan + vifs + self._management() + self._forward_links()
+
+    def taps(self) -> list[End]:
+        """The hosts' devices of virtual machines."""
+        if not self.virtual:
+            return []
+        return [End(host, nic.vif, VIF_MAC) for host in HOSTS for nic in self.nic_list()]
 
     def _management(self) -> list[Link]:
         if not self.service:
@@ -201,7 +221,7 @@ class LabPlan:
         """The names of the lab's devices on `node`; a kernel may put tunnel devices of its own beside them."""
         ends = [end for link in self.links() for end in (link.one, link.other)]
         bridges = (*self.bridges(), *(wire for wire, _ in self.wires()))
-        return [end.device for end in (*bridges, *ends) if end.node == node]
+        return [end.device for end in (*bridges, *ends, *self.taps()) if end.node == node]
 
 
 def check_name(name: str) -> str:

@@ -37,8 +37,8 @@ class Load:
 class Connection:
     """One client connection from a node, speaking redis' protocol."""
 
-    def __init__(self, plan: LabPlan, node: str, address: str) -> None:
-        deadline = time.monotonic() + START_TIMEOUT
+    def __init__(self, plan: LabPlan, node: str, address: str, start_timeout: float = START_TIMEOUT) -> None:
+        deadline = time.monotonic() + start_timeout
         while True:
             try:
                 with inside(plan.namespace(node)):  # a socket stays in the namespace where it was made

@@ -7,10 +7,11 @@ from typing import Any
 from coloebpf.units import duration
 
 
-def up_text(record: dict[str, Any]) -> str:
+def up_text(record: dict[str, Any], protected: bool) -> str:
     """What `lab up` made."""
     name = "" if record["name"] == "lab" else f" --name {record['name']}"
-    lines = [f"lab {record['name']!r} is up, in lock-step; take it down with: coloebpf lab down{name}", ""]
+    state = "in lock-step" if protected else "unprotected"
+    lines = [f"lab {record['name']!r} is up, {state}; take it down with: coloebpf lab down{name}", ""]
     for node, namespace in record["namespaces"].items():
         devices = [device for device in record["devices"] if device["node"] == node]
         lines.append(f"{node:10} {namespace}")

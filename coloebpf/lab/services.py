@@ -15,7 +15,7 @@ from typing import Any
 
 from coloebpf import tuning
 from coloebpf.errors import LabError, NoServiceError, ServiceError
-from coloebpf.lab import hosts
+from coloebpf.lab import hosts, machine
 from coloebpf.lab.plan import HOSTS, MANAGEMENT, PAIR, LabPlan
 from coloebpf.model import Sizes
 from coloebpf.netns import inside
@@ -29,23 +29,33 @@ NICENESS = -10  # as the systemd unit has it
 LOG = "service.log"
 
 
-def bring_up(plan: LabPlan) -> None:
-    """Start both services and put the pair in lock-step."""
+def bring_up(plan: LabPlan, protected: bool = True) -> None:
+    """Start both services and, if it is to be `protected`, put the pair in lock-step."""
     # The number is the machine's, and a lab's namespace doesn't show it.
     tuning.raise_backlog(2 * Sizes.of_mtu(plan.mtu).slots, first="/proc/thread-self/ns/net")
     pki.init_pki(plan.run_dir / "pki", HOSTS)
     running = {}
+    booting = machine.start(plan) if plan.virtual else None
     for host in HOSTS:
         _make_switch(plan, host)
         configure(plan, host)
         running[host] = start(plan, host)
-    protect(plan, running)
+    if booting:
+        machine.wait(plan, booting)
+    ready(plan, running)
+    if protected:
+        protect(plan, running)
+
+
+def ready(plan: LabPlan, running: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    """Returns when both services have found each other."""
+    for host, process in running.items():
+        _wait(plan, host, process, _ready)
 
 
 def protect(plan: LabPlan, running: Mapping[str, subprocess.Popen[bytes]]) -> None:
     """Begin lock-step as soon as both services have found each other."""
-    for host, process in running.items():
-        _wait(plan, host, process, _ready)
+    ready(plan, running)
     client_of(plan, "primary", "protect", client.ORDER_S, pair=PAIR_NAME)
     _wait(plan, "secondary", running["secondary"], lambda service: service["pairs"][0]["state"] == "lockstep")
 
@@ -95,7 +105,7 @@ def configure(plan: LabPlan, host: str, changes: str = "", pair_changes: str = "
         "[pair.model]",
         f'socket = "{engine_socket(plan, host)}"',
     ]
-    if plan.talks:
+    if plan.guests == "process":
         # A process can't be copied: it keeps its connections' numbers, and what it knows. What it says while a
         # checkpoint is under way is lost, where a copied VM would say it again; so that takes no time.
         lines += ["copies = false", "commit_delay_ms = 0"]

@@ -59,7 +59,7 @@ def describe(plan: LabPlan) -> dict[str, Any]:
         "vlan": plan.vlan,
         "service": plan.service,
         "arbiter": plan.arbiter,
-        "namespaces": {node: plan.namespace(node) for node in NODES},
+        "namespaces": {node: plan.namespace(node) for node in plan.nodes},
         "devices": describe_devices(plan),
         "addresses": {
             "client": {"v4": [nic.client_v4 for nic in nics], "v6": [nic.client_v6 for nic in nics]},
@@ -70,7 +70,7 @@ def describe(plan: LabPlan) -> dict[str, Any]:
         "nics": [dataclasses.asdict(nic) for nic in nics],
         "pins": {host: str(plan.pin_dir(host)) for host in HOSTS},
         "run_dir": str(plan.run_dir),
-        "guest_dirs": {guest: str(plan.run_dir / guest) for guest in GUESTS} if plan.talks else {},
+        "guest_dirs": {guest: str(plan.run_dir / guest) for guest in GUESTS} if plan.guests == "process" else {},
         "events": str(plan.run_dir / EVENT_FILE),
     }
 

@@ -55,7 +55,7 @@ def netlink(namespace: str) -> Iterator[Any]:
 
 def build(plan: LabPlan) -> None:
     """Make everything, up and joined, but leave the guests' own ends down (see wake_guests)."""
-    for node in NODES:
+    for node in plan.nodes:
         namespaces.create(plan.namespace(node))
         with netlink(plan.namespace(node)) as route:
             _sysctl(TALKING if plan.talks and node in ("client", *GUESTS) else SILENT)
@@ -64,6 +64,8 @@ def build(plan: LabPlan) -> None:
         _add_bridge(plan, bridge)
     for link in plan.links():
         _add_veth(plan, link.one, link.other, link.mtu)
+    for tap in plan.taps():
+        _add_tap(plan, tap)
     for host in HOSTS:
         with netlink(plan.namespace(host)) as route:
             for device in {nic.fwd for nic in plan.nic_list()}:
@@ -88,8 +90,11 @@ def build(plan: LabPlan) -> None:
 
 
 def wake_guests(plan: LabPlan) -> None:
-    """Take the guests' ends up. Called when the hooks are in place, so that nothing a guest says leaves unseen."""
-    for guest in GUESTS:
+    """Take the guests' ends up. Called when the hooks are in place, so that nothing a guest says leaves unseen.
+
+    Virtual machines have ends of their own.
+    """
+    for guest in () if plan.virtual else GUESTS:
         with netlink(plan.namespace(guest)) as route:
             for nic in plan.nic_list():
                 index = _index(route, nic.guest_device)
@@ -126,7 +131,7 @@ def remove(plan: LabPlan, netns_dir: Path = NETNS_DIR) -> int:
 def describe_devices(plan: LabPlan) -> list[dict[str, Any]]:
     """Each device as it is: node, namespace, name, MAC, ifindex, MTU and addresses."""
     rows: list[dict[str, Any]] = []
-    for node in NODES:
+    for node in plan.nodes:
         namespace = plan.namespace(node)
         with netlink(namespace) as route:
             addresses: dict[int, list[str]] = {}
@@ -167,6 +172,13 @@ def _add_veth(plan: LabPlan, one: End, other: End, mtu: int) -> None:
         route.link("add", ifname=one.device, kind="veth", address=one.mac, mtu=mtu, peer=peer)
 
 
+def _add_tap(plan: LabPlan, tap: End) -> None:
+    """One that stays when its virtual machine ends."""
+    with netlink(plan.namespace(tap.node)) as route:
+        route.link("add", ifname=tap.device, kind="tuntap", mode="tap")
+        route.link("set", index=_index(route, tap.device), address=tap.mac, mtu=plan.mtu)
+
+
 def _wake_client(plan: LabPlan) -> None:
     with netlink(plan.namespace("client")) as route:
         index = _index(route, plan.client().device)
@@ -191,12 +203,14 @@ def _wake_talking(route: Any, index: int, addresses: list[tuple[str, str]]) -> N
 
 def _wait_until_up(plan: LabPlan) -> None:
     deadline = time.monotonic() + UP_TIMEOUT
-    for node in NODES:
+    for node in plan.nodes:
+        # A tap is up as long as a machine runs on it.
+        wanted = set(plan.devices(node)) - {tap.device for tap in plan.taps()}
         with netlink(plan.namespace(node)) as route:
             while waiting := [
                 link.get("ifname")
                 for link in route.get_links()
-                if link.get("ifname") in plan.devices(node) and link.get("operstate") != "UP"
+                if link.get("ifname") in wanted and link.get("operstate") != "UP"
             ]:
                 if time.monotonic() > deadline:
                     raise LabError(f"{', '.join(waiting)} on {node} did not come up in {UP_TIMEOUT:.0f} s")

@@ -105,13 +105,18 @@ def _maker() -> Iterator[LabMaker]:
     made: list[LabPlan] = []
 
     def make(
-        guests: str = "none", nics: int = 1, vlan: bool = False, mtu: int = 1500, command: Sequence[str] = ()
+        guests: str = "none",
+        nics: int = 1,
+        vlan: bool = False,
+        mtu: int = 1500,
+        command: Sequence[str] = (),
+        how: Sequence[str] = ("--bare",),
     ) -> Lab:
-        plan = LabPlan(new_name(), guests, nics, vlan, mtu, tuple(command))
+        plan = LabPlan(new_name(), guests, nics, vlan, mtu, tuple(command), service="--bare" not in how)
         made.append(plan)
         options = ["--guests", guests, "--nics", str(nics), "--mtu", str(mtu), *(["--vlan"] if vlan else [])]
         tail = ["--", *command] if command else []
-        done = coloebpf("lab", "up", "--bare", "--name", plan.name, "--json", *options, *tail)
+        done = coloebpf("lab", "up", *how, "--name", plan.name, "--json", *options, *tail)
         assert done.returncode == 0, done.stderr
         return Lab(plan, json.loads(done.stdout))
 

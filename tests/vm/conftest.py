@@ -6,30 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm import initramfs, machine
+from coloebpf.lab import image
+from tests.vm import machine
 from tests.vm.machine import Result
 
 REPO = Path(__file__).resolve().parents[2]
-# deploy/install-deps.sh unpacks the kernel there unless Debian's package has installed it.
-KERNEL_ROOTS = (REPO / ".cache/vm-kernel", Path("/"))
 
 RunInVm = Callable[..., Result]
 
 
 @pytest.fixture(scope="session")
-def debian_kernel() -> initramfs.Kernel:
+def debian_kernel() -> image.Kernel:
     """Debian 12's own kernel; skips only where `deploy/install-deps.sh test` has not run."""
-    for tool in (machine.QEMU, str(machine.VIRTIOFSD), str(initramfs.BUSYBOX), "cpio"):
+    for tool in (machine.QEMU, str(machine.VIRTIOFSD), str(image.BUSYBOX), "cpio"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is missing: run deploy/install-deps.sh test")
-    kernel = initramfs.find_kernel(KERNEL_ROOTS)
+    kernel = image.find_kernel()
     if kernel is None:
         pytest.skip("no linux-image-cloud-amd64 of Debian 12: run deploy/install-deps.sh test")
     return kernel
 
 
 @pytest.fixture
-def in_vm(debian_kernel: initramfs.Kernel, tmp_path: Path) -> RunInVm:
+def in_vm(debian_kernel: image.Kernel, tmp_path: Path) -> RunInVm:
     """Calls machine.run with this repository: `in_vm("uname -r", timeout_s=20)`."""
 
     def run(command: str, timeout_s: float) -> Result:

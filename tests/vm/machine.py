@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from coloebpf.lab.image import Kernel
 from tests.vm import initramfs
-from tests.vm.initramfs import Kernel
 
 QEMU = "qemu-system-x86_64"
 VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")  # of qemu-system-common

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from coloebpf.lab.image import Kernel
 from tests.vm import machine
 from tests.vm.conftest import REPO
-from tests.vm.initramfs import Kernel
 from tests.vm.machine import Result
 
 LIMIT_S = 1500  # emulation is 10 to 20 times slower than the machine below it

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from coloebpf.lab.image import Kernel, find_kernel
 from tests.vm import machine
 from tests.vm.conftest import REPO, RunInVm
-from tests.vm.initramfs import Kernel, find_kernel
 from tests.vm.machine import VmError
 
 pytestmark = pytest.mark.vm

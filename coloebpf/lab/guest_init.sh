@@ -1,0 +1,45 @@
+#!/bin/busybox sh
+# Process 1 of a lab's virtual machine (coloebpf/lab/image.py). The kernel's command line has its addresses, which are
+# then variables here: COLO_NICS="10.77.0.10/24,fd77::10/64 10.77.1.10/24,..." with one word for each NIC, and COLO_MTU.
+export PATH=/bin
+/bin/busybox mkdir -p /proc /sys /dev /tmp /root
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mount -t tmpfs tmpfs /tmp
+
+for module in /modules/*.ko; do
+    insmod "$module"
+done
+
+# Nothing is said unasked: two copies of a guest that chatter by their clocks only make checkpoints.
+cd /proc/sys/net/ipv6/conf
+for where in all default; do
+    echo 0 >$where/accept_ra
+    echo 0 >$where/router_solicitations
+    echo 0 >$where/accept_dad
+    echo 0 >$where/dad_transmits
+done
+cd /
+# One stack on several subnets of one wire answers ARP only on the right device.
+echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore
+echo 2 >/proc/sys/net/ipv4/conf/all/arp_announce
+echo 1 >/proc/sys/vm/overcommit_memory
+
+ip link set lo up
+number=0
+for nic in $(echo "$COLO_NICS" | tr ';' ' '); do
+    ip link set eth$number mtu "$COLO_MTU" up
+    for address in $(echo "$nic" | tr ',' ' '); do
+        ip addr add "$address" dev eth$number
+    done
+    number=$((number + 1))
+done
+
+echo "guest: up after $(cut -d ' ' -f 1 /proc/uptime) s" >/dev/console
+# Nothing that writes files, one thread, and few ticks: what a replica does by its own clock dirties memory.
+redis-server --bind '*' '-::*' --protected-mode no --save '' --appendonly no --io-threads 1 --hz 1 --dynamic-hz no \
+    --activerehashing no >/dev/console 2>&1 </dev/null
+echo "guest: redis ended with $?" >/dev/console
+poweroff -f
