@@ -15,6 +15,7 @@ from coloebpf.netns import inside
 PORT = 6379
 CLIENTS = 50
 START_TIMEOUT = 5.0  # seconds for a server to listen
+NIL = b"-1"  # the answer for a key without a value
 ANSWER_TIMEOUT = 5.0  # seconds for a single answer, several TCP retransmissions
 # Nothing that writes files, and one thread, so that replicas differ in nothing but what they are told.
 SERVER = (
@@ -37,12 +38,20 @@ class Load:
 class Connection:
     """One client connection from a node, speaking redis' protocol."""
 
-    def __init__(self, plan: LabPlan, node: str, address: str, start_timeout: float = START_TIMEOUT) -> None:
+    def __init__(
+        self,
+        plan: LabPlan,
+        node: str,
+        address: str,
+        start_timeout: float = START_TIMEOUT,
+        answer_timeout: float = ANSWER_TIMEOUT,
+    ) -> None:
+        self._answer_timeout = answer_timeout
         deadline = time.monotonic() + start_timeout
         while True:
             try:
                 with inside(plan.namespace(node)):  # a socket stays in the namespace where it was made
-                    self._socket = socket.create_connection((address, PORT), timeout=ANSWER_TIMEOUT)
+                    self._socket = socket.create_connection((address, PORT), timeout=answer_timeout)
                 break
             except OSError as error:
                 if time.monotonic() > deadline:
@@ -67,6 +76,13 @@ class Connection:
             return self._input.read(int(line[1:]) + 2)[:-2]
         return line[1:-2]
 
+    def ask_list(self, *words: str) -> list[str]:
+        """Send a command whose answer is an array of strings."""
+        count = self.ask(*words)
+        if not count.isdigit():
+            raise LabError(f"redis answers {words[0]} with {count.decode()}")
+        return [self.answer().decode() for _ in range(int(count))]
+
     def silent_for(self, seconds: float) -> bool:
         """Whether not one byte comes in that time."""
         self._socket.settimeout(seconds)
@@ -76,7 +92,7 @@ class Connection:
         except TimeoutError:
             return True
         finally:
-            self._socket.settimeout(ANSWER_TIMEOUT)
+            self._socket.settimeout(self._answer_timeout)
 
     def close(self) -> None:
         self._input.close()
