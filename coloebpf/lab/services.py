@@ -81,7 +81,7 @@ def directory(plan: LabPlan, host: str) -> Path:
     return plan.run_dir / host
 
 
-def configure(plan: LabPlan, host: str, changes: str = "", pair_changes: str = "") -> Path:
+def configure(plan: LabPlan, host: str, changes: str = "", peer_changes: str = "", pair_changes: str = "") -> Path:
     """Write a host's configuration; returns its path. Keys added by the caller must be none of those here."""
     home, other = directory(plan, host), HOSTS[1 - HOSTS.index(host)]
     home.mkdir(exist_ok=True)
@@ -96,6 +96,7 @@ def configure(plan: LabPlan, host: str, changes: str = "", pair_changes: str = "
             f"heartbeat_interval_ms = {min(50, plan.peer_timeout_ms // 4)}",
             f"heartbeat_timeout_ms = {plan.peer_timeout_ms}",
         ),
+        peer_changes,
     ]
     if plan.arbiter == "command":
         lines += ["[arbiter.command]", f'fence = ["{switch_of(plan, other)}"]']

@@ -20,17 +20,28 @@ from coloebpf.service.comparer import Comparer, Walk
 from coloebpf.service.config import Config, NicConfig, PairConfig, PeerConfig
 from coloebpf.service.control_socket import ControlSocket
 from coloebpf.service.engines import making
+from coloebpf.service.farewell import Farewell
 from coloebpf.service.fdstore import Kept, Notifier
 from coloebpf.service.feed import Feed
-from coloebpf.service.heartbeat import Heartbeat, Reports, Watch
+from coloebpf.service.heartbeat import Heartbeat, Reports
 from coloebpf.service.hooks import Hooks
 from coloebpf.service.log import say
 from coloebpf.service.machine import Change
 from coloebpf.service.metrics_server import MetricsServer, Page
 from coloebpf.service.orders import Orders
 from coloebpf.service.pair import Outside
+from coloebpf.service.paths import Watch
 from coloebpf.service.peer.link import PeerLink
-from coloebpf.service.peer.messages import SESSION_BYTES, Beat, Bye, Hello, Message
+from coloebpf.service.peer.messages import (
+    SESSION_BYTES,
+    Beat,
+    Bye,
+    Hello,
+    Message,
+    Patience,
+    Restarting,
+    Settled,
+)
 from coloebpf.service.peer.pki import Expiry, Identity
 from coloebpf.service.peer.witness import lease_of
 from coloebpf.service.primary import Primary
@@ -61,6 +72,7 @@ class Service:
         self.pairs: dict[int, Primary | Secondary] = {}
         self.link: PeerLink | None = None
         self.heartbeat: Heartbeat | None = None
+        self._farewell: Farewell | None = None
         self.expiries: list[Expiry] = []
         self.troubles: dict[str, str] = {}
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -109,8 +121,14 @@ class Service:
         if running:
             self.spawn(self._load_again())
 
-    async def stop(self, reason: str) -> None:
-        """Lets go of everything; the dataplane goes on as it is."""
+    async def stop(self, reason: str, again: bool = True) -> None:
+        """Lets go of everything; the dataplane goes on as it is.
+
+        `again`: the next service comes soon, so the other host is asked to wait for it.
+        """
+        if again and self._farewell is not None and self.config.peer is not None:
+            grace_s = self.config.peer.restart_grace_ms // 1000
+            await asyncio.gather(self._farewell.say(), *(pair.rest(grace_s) for pair in self.all()))
         await self._socket.stop()
         if self._metrics is not None:
             await self._metrics.stop()
@@ -227,6 +245,8 @@ class Service:
             ),
         )  # fmt: skip
 
+        self._farewell = Farewell(self.heartbeat, self.link.send, peer.restart_grace_ms, self.clock)
+
     def _leave(self, number: int, deadline_ns: int) -> None:
         pair = self.pairs[number]
         if isinstance(pair, Primary):
@@ -248,6 +268,9 @@ class Service:
             case Beat():
                 if self.heartbeat is not None:
                     self.heartbeat.received(message)
+            case Restarting() | Patience() | Settled():
+                if self._farewell is not None:
+                    self._farewell.received(message)
             case Bye():
                 say(log, logging.WARNING, "the other host's service ends", reason=message.reason)
             case Hello():

@@ -12,6 +12,7 @@ from coloebpf.service import config_checks
 from coloebpf.service import config_keys as keys
 from coloebpf.service.config_keys import Address, setting, table
 from coloebpf.service.config_reader import ConfigErrors, Mistake, Reader
+from coloebpf.service.peer.witness import GRACE_MAX_MS
 
 __all__ = [
     "Address", "ArbiterConfig", "CommandConfig", "Config", "ConfigErrors", "EtcdConfig", "Exemption", "HostConfig",
@@ -64,6 +65,9 @@ class PeerConfig:
     heartbeat_interval_ms: int = setting(ms(5, 10_000), "between two heartbeats on each path", 50)
     heartbeat_timeout_ms: int = setting(
         ms(10, 60_000), "without a heartbeat on either path for so long the other host is lost", 200
+    )
+    restart_grace_ms: int = setting(
+        ms(0, GRACE_MAX_MS), "... but after a word of goodbye a service may be away for so long: a restart", 5000
     )
 
 

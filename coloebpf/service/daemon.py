@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ log = logging.getLogger("coloebpf.daemon")
 # A thread (status, /metrics, attaching) gives way to the event loop after so many seconds; Python's own 5 ms are more
 # than libxl's COLO_CHECKPOINT may wait.
 SWITCH_S = 0.0002
+SYSTEMCTL_S = 0.5  # for its answer; without one this end counts as a restart
 
 
 def run(path: Path) -> int:
@@ -55,6 +57,20 @@ async def serve(config: Config, notifier: Notifier) -> None:
         loop.add_signal_handler(number, daemon.end, number)
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)
     await daemon.run()
+
+
+async def host_ends(environ: Mapping[str, str]) -> bool:
+    """systemd is about to end all of it, not just this service: there will be no next one soon."""
+    if "NOTIFY_SOCKET" not in environ:
+        return False
+    command = ["systemctl", "is-system-running"]
+    try:
+        done = await asyncio.to_thread(
+            subprocess.run, command, capture_output=True, text=True, timeout=SYSTEMCTL_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.stdout.strip() == "stopping"
 
 
 class Daemon:
@@ -89,7 +105,7 @@ class Daemon:
             for task in (self._reloading, watchdog):
                 if task is not None:
                     task.cancel()
-            await self._service.stop(reason)
+            await self._service.stop(reason, again=not await host_ends(os.environ))
             self._notifier.close()
 
     def end(self, number: signal.Signals) -> None:

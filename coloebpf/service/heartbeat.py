@@ -12,48 +12,19 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from coloebpf.model import FwdBeat, Role
 from coloebpf.service.beat_frames import FwdSender
 from coloebpf.service.log import say
-from coloebpf.service.peer.messages import Beat, Hello
+from coloebpf.service.paths import NEVER_NS, Paths, Watch, verdict
+from coloebpf.service.peer.messages import Beat, Hello, Settled
 from coloebpf.service.peer.witness import NS_PER_MS, Granter, Speaker, newer
 from coloebpf.service.status import PathStatus
 
 log = logging.getLogger(__name__)
 
-NEVER_NS = -(1 << 62)  # before any moment of the clock
 NS_PER_S = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class Watch:
-    """A pair to watch. `fwds`: NIC's number -> (forward device, VLAN id or 0). `leased`: as the pair's arbiter is."""
-
-    pair: int
-    role: Role
-    fwds: Mapping[int, tuple[str, int]]
-    leased: bool
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Which paths are alive."""
-
-    mgmt: bool
-    fwd: Mapping[int, bool] = field(default_factory=dict)  # pair -> at least one of its NICs' forward links
-
-    @property
-    def lost(self) -> frozenset[int]:
-        """Pairs of which neither path is."""
-        return frozenset(pair for pair, alive in self.fwd.items() if not alive and not self.mgmt)
-
-
-def verdict(now_ns: int, last_mgmt_ns: int, last_fwd_ns: Mapping[int, int], timeout_ns: int) -> Paths:
-    """A path is alive if something was heard on it in the last `timeout_ns`; `last_fwd_ns` by pair."""
-    since = now_ns - timeout_ns
-    return Paths(last_mgmt_ns > since, {pair: last > since for pair, last in last_fwd_ns.items()})
 
 
 @dataclass(frozen=True)
@@ -87,7 +58,7 @@ class Heartbeat:
         timeout_ns: int,
         lease_ns: int,
         clock: Callable[[], int],
-        send: Callable[[Beat], bool],
+        send: Callable[[Beat | Settled], bool],
         fwd_beats: Callable[[], Mapping[int, FwdBeat]],
         reports: Reports,
         grace_ns: int = 0,
@@ -119,6 +90,8 @@ class Heartbeat:
         self._passed_over = False
         self._fwd_numbers: dict[int, int] = {}  # NIC -> the newest of the peer's present session
         self._deadlines: dict[int, int | None] = {}  # leased pair -> the last that was reported
+        self._unsettled: set[int] = set()  # of these, whose deadline may be by a grant of before this session
+        self._bear_until_ns = 0  # a planned restart of the peer's service is to be over by then
 
     # ---- for the owner ---------------------------------------------------------------------------------------------
 
@@ -137,6 +110,7 @@ class Heartbeat:
             self.set_granting(pair, False)
         leased = [w.pair for w in self._watches.values() if w.leased and w.role is Role.PRIMARY]
         self._deadlines = {pair: self._deadlines.get(pair) for pair in leased}
+        self._unsettled = {pair for pair in leased if pair in self._unsettled or pair not in before}
         if self._watches.keys() - before.keys():
             self._judge_from_ns = max(self._judge_from_ns, self._clock() + self.timeout_ns)
 
@@ -173,6 +147,9 @@ class Heartbeat:
             self._peer_cookie, self._heard, self._heard_ns = cookie, 0, NEVER_NS
             self._fwd_numbers.clear()
             self._reports.expect(cookie)
+            self._unsettled = set(self._deadlines)
+            self._bear_until_ns = 0
+            self._judge_from_ns = max(self._judge_from_ns, self._clock() + self.timeout_ns)
         # Each side counts with the shorter of the two leases where it speaks, and with its own where it is silent.
         self.speaker.lease_ns = min(self.granter.lease_ns, hello.lease_ns)
 
@@ -187,6 +164,42 @@ class Heartbeat:
             self.rtt_ns = max(0, now - sent - beat.echo_age_ns)
         for pair in beat.granted:
             self._granted(pair, beat.echo)
+
+    # ---- planned restarts: farewell.py -----------------------------------------------------------------------------
+
+    @property
+    def bears_for_ns(self) -> int:
+        """How much longer the peer's silence means nothing, because it restarts; 0: it does mean something."""
+        return max(0, self._bear_until_ns - self._clock())
+
+    def promises(self) -> tuple[int, tuple[int, ...]]:
+        """The peer's newest beat (0: none of late), and the pairs that it may speak for by an answer to it."""
+        if not self._heard or self._clock() - self._heard_ns >= self.granter.lease_ns:
+            return 0, ()
+        return self._heard, tuple(sorted(self.granter.pairs & self._watches.keys()))
+
+    def bear(self, length_ns: int, echo: int, granted: Iterable[int]) -> tuple[int, ...]:
+        """The peer's service will be silent for so long. Returns the pairs that it may speak for meanwhile.
+
+        It lets us speak for the pairs `granted`, from the sending of our beat `echo` on.
+        """
+        now = self._clock()
+        self._bear_until_ns = now + length_ns
+        promised = tuple(sorted(self.granter.pairs & self._watches.keys()))
+        for pair in promised:
+            self.granter.promise_grace(pair, now, length_ns)
+        sent = self.speaker.sent_at_ns(echo)
+        if sent is not None:
+            self.borne(granted, sent + length_ns)
+        return promised
+
+    def borne(self, pairs: Iterable[int], deadline_ns: int) -> None:
+        """A grant of the peer's that is longer than a beat's."""
+        for pair in pairs:
+            if pair in self._deadlines and deadline_ns > (self._deadlines[pair] or 0):
+                self._unsettled.discard(pair)
+                self._deadlines[pair] = deadline_ns
+                self._reports.lease(pair, deadline_ns)
 
     async def run(self) -> None:
         """Beats, until it is cancelled. What it raises is the end of the service: nobody would be heard any more."""
@@ -246,9 +259,12 @@ class Heartbeat:
         deadline = self.speaker.deadline_ns(echo)
         if pair not in self._deadlines or deadline is None:
             return
-        if deadline > (self._deadlines[pair] or 0):  # two paths bring each grant twice
+        unsettled = pair in self._unsettled
+        if unsettled or deadline > (self._deadlines[pair] or 0):  # two paths bring each grant twice
             self._deadlines[pair] = deadline
             self._reports.lease(pair, deadline)
+        if unsettled and self._send(Settled(pair)):
+            self._unsettled.discard(pair)
 
     def _judge(self, now: int) -> None:
         last_fwd = {pair: self._last_fwd(watch) for pair, watch in self._watches.items()}
@@ -276,17 +292,12 @@ class Heartbeat:
                 say(log, logging.ERROR, why, pair=pair, role=watch.role.name.lower())
                 self._reports.lost(pair)
 
-    def _tell_lost(self, watch: Watch, both_paths: bool) -> None:
-        role = watch.role.name.lower()
-        if both_paths:
-            say(log, logging.ERROR, "the peer is lost on both paths", pair=watch.pair, role=role)
-        else:  # a secondary that follows no more does that, too
-            say(log, logging.INFO, "the peer gives no more leave to speak", pair=watch.pair, role=role)
-        self._reports.lost(watch.pair)
-
     def _patience_ends(self, watch: Watch, last_ns: int) -> int:
         """When the arbiter is asked: a primary at once, a secondary later, so that a living primary is first."""
-        return last_ns + (self.timeout_ns if watch.role is Role.PRIMARY else self.granter.lease_ns)
+        if watch.role is Role.PRIMARY:  # before its right to speak ends
+            early = self.granter.lease_ns - self.timeout_ns
+            return max(last_ns + self.timeout_ns, self._bear_until_ns - early)
+        return max(last_ns + self.granter.lease_ns, self._bear_until_ns)
 
     def _last_fwd(self, watch: Watch) -> int:
         return max((self.last_fwd_ns.get(nic, NEVER_NS) for nic in watch.fwds), default=NEVER_NS)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from coloebpf.control import PairState
-from coloebpf.errors import ColoError, PairError
+from coloebpf.errors import ArbiterError, ColoError, PairError
 from coloebpf.model import Role, State
 from coloebpf.service.arbiters.base import Arbiter, Grant, Refusal, keep
 from coloebpf.service.config import PairConfig
@@ -241,6 +241,19 @@ class Supervisor(ABC):
         refusal = await keep(self.out.arbiter, self.config, grant, self.out.clock, self.set_deadline)
         self._keeping = None
         self.go(Trigger.LEASE_LOST, refusal.reason)
+
+    async def rest(self, seconds: int) -> None:
+        """This service ends, and the next one comes in `seconds` at most: a right that is to be renewed has to last."""
+        if self._keeping is None:
+            return
+        self.let_right_go()
+        try:
+            answer = await self.out.arbiter.renew(self.config, seconds)
+        except ArbiterError as e:
+            self.say(logging.WARNING, "the right to speak could not be made to last for a restart", error=e)
+            return
+        if isinstance(answer, Grant) and answer.deadline_ns is not None:
+            self.set_deadline(answer.deadline_ns)
 
     async def _take_up(self) -> None:
         """After a restart: the right that this host had may still be its own."""

@@ -100,8 +100,10 @@ class Reporter:
 
     def _warnings(self, status: Status) -> Iterable[str]:
         yield from self.world.troubles.values()
+        bears = self.world.heartbeat.bears_for_ns if self.world.heartbeat else 0
         if status.peer is not None and not status.peer.connected:
-            yield f"host {status.peer.name}'s service is not connected"
+            restarts = f": it restarts, and may take {_ms(bears) / 1000:.1f} s more" if bears else ""
+            yield f"host {status.peer.name}'s service is not connected{restarts}"
         for path in status.paths:
             if not path.alive:
                 yield f"no heartbeat comes on {path.name}"

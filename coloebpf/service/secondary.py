@@ -126,7 +126,8 @@ class Secondary(Supervisor):
 
     async def take_over(self, grant: Grant, reason: str) -> None:
         """See Supervisor: the SVM is the guest from here on."""
-        if self.peer_state is not State.HALTED:  # its programs drop everything already, by its own word
+        # Halted its programs drop everything already, by its own word; and what never spoke by leave has none to end.
+        if self.peer_state is not State.HALTED and self.out.arbiter.leased:
             await self.out.witness.wait_safe(self.number)
         if not self.machine.can(Trigger.GRANTED):
             return

@@ -58,7 +58,8 @@ class Counter(threading.Thread):
 
     def check(self) -> None:
         """Nothing was wrong so far."""
-        assert (self.wrong, self.broken) == ("", "")
+        assert not self.wrong, self.wrong
+        assert not self.broken, self.broken
 
     def finish(self) -> None:
         self._ended.set()
@@ -133,6 +134,12 @@ class ServiceLab:
             if host in self.running:
                 self.running.pop(host).wait(SOON)
             until(lambda: not guests.running(self.plan, host), f"the {host}'s service ends")
+
+    def terminate(self, host: str) -> None:
+        """Ends a host's service as `systemctl restart` does: its guest, in the same namespace, goes on."""
+        process = self.running.pop(host)
+        process.terminate()
+        process.wait(SOON)
 
     def status(self, host: str) -> dict[str, Any]:
         """Of a service; nothing if it doesn't run."""

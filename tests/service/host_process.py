@@ -7,11 +7,13 @@ deadline (two words of 8 bytes), which the test reads as the programs read their
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes as ct
 import json
 import logging
 import mmap
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -23,15 +25,18 @@ from coloebpf.service.arbiters.base import Refusal, keep
 from coloebpf.service.arbiters.etcd import EtcdArbiter
 from coloebpf.service.beat_frames import ETHERTYPE
 from coloebpf.service.config import EtcdConfig
-from coloebpf.service.heartbeat import Heartbeat, Reports, Watch
+from coloebpf.service.farewell import Farewell
+from coloebpf.service.heartbeat import Heartbeat, Reports
+from coloebpf.service.paths import Watch
 from coloebpf.service.peer.link import PeerLink
-from coloebpf.service.peer.messages import Beat, Hello, Message
+from coloebpf.service.peer.messages import Beat, Hello, Message, Patience, Restarting, Settled
 from coloebpf.service.peer.pki import Identity
 from coloebpf.service.peer.witness import lease_of
 
 MS = 1_000_000
 INTERVAL_MS, TIMEOUT_MS = 50, 200  # the configuration's defaults
 PAIR, NIC = 0, 0
+GRACE_MS = 3000
 PAYLOAD_AT = 14 + 5  # of a frame: behind Ethernet, magic and version
 
 
@@ -102,6 +107,7 @@ class HostProcess:
             on_up=self.up,
             on_down=lambda reason: None,
         )
+        self.farewell = Farewell(self.beat, self.link.send, GRACE_MS, time.monotonic_ns)
         self.ear = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.htons(ETHERTYPE))
         self.ear.bind(("fwd", ETHERTYPE))
 
@@ -111,7 +117,19 @@ class HostProcess:
             await self.arbiter.begin(self)
         self.link.start()
         self.beat.watch([Watch(PAIR, self.role, {NIC: ("fwd", 0)}, leased=True)])
-        await self.beat.run()
+        beating = asyncio.create_task(self.beat.run())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.end, beating)
+        with contextlib.suppress(asyncio.CancelledError):
+            await beating
+
+    def end(self, beating: asyncio.Task[None]) -> None:
+        """As the service ends on SIGTERM."""
+
+        async def leave() -> None:
+            await self.farewell.say()
+            beating.cancel()
+
+        self.tasks.add(asyncio.create_task(leave()))
 
     def up(self, hello: Hello) -> None:
         self.beat.peer_up(hello)
@@ -119,12 +137,14 @@ class HostProcess:
             self.beat.set_granting(PAIR, True)
         self.joined = True
 
-    def send(self, beat: Beat) -> bool:
-        return self.link.send(beat)
+    def send(self, message: Message) -> bool:
+        return self.link.send(message)
 
     def message(self, message: Message) -> None:
         if isinstance(message, Beat):
             self.beat.received(message)
+        elif isinstance(message, Patience | Restarting | Settled):
+            self.farewell.received(message)
 
     def frame(self) -> None:
         try:

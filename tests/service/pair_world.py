@@ -94,6 +94,7 @@ class FakeArbiter:
         self._touch = touch
         self.name, self.promotes, self.leased = "fake", promotes, leased
         self.begun = 0
+        self.rested: list[int] = []  # seconds that a right was to last
         self.asked: list[Role] = []
         self.released: Grant | Refusal | Exception = Grant()
         self.begin_errors: list[Exception] = []
@@ -111,7 +112,9 @@ class FakeArbiter:
         self._touch()
         return await self.answers[pair.role].get()
 
-    async def renew(self, pair: Protected) -> Grant | Refusal:
+    async def renew(self, pair: Protected, seconds: int = 0) -> Grant | Refusal:
+        if seconds:
+            self.rested.append(seconds)
         return await self.answers[pair.role].get()
 
     async def release(self, pair: Protected) -> Grant | Refusal:

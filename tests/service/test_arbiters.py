@@ -205,7 +205,7 @@ class Scripted:
     async def release(self, pair: object) -> Grant | Refusal:
         raise AssertionError
 
-    async def renew(self, pair: object) -> Grant | Refusal:
+    async def renew(self, pair: object, seconds: int = 0) -> Grant | Refusal:
         self.asked_ns.append(self.clock())
         answer = self.answers.pop(0)
         if isinstance(answer, ArbiterError):

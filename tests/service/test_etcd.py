@@ -195,6 +195,25 @@ def test_a_renewal_moves_it_and_the_lease(members: list[Member], pair: Pair) -> 
     run(work())
 
 
+def test_before_a_restart_the_right_is_made_to_last(members: list[Member], pair: Pair) -> None:
+    async def work() -> None:
+        a = arbiter("a", *members)
+        await a.begin(pair)
+        await a.acquire(pair)
+        asked = time.monotonic_ns()
+        longer = await a.renew(pair, TTL + 3)
+        assert isinstance(longer, Grant)
+        assert (longer.deadline_ns or 0) > asked + (TTL + 2) * NS
+        await asyncio.sleep(TTL + 1.5)
+        assert await value(a, pair, "speaker") == "a"
+        next_one = arbiter("a", *members)
+        again = await next_one.acquire(pair)
+        assert isinstance(again, Grant)
+        assert (again.deadline_ns or 0) < time.monotonic_ns() + TTL * NS  # and is a short one from then on
+
+    run(work())
+
+
 def test_who_was_frozen_for_longer_than_its_lease_is_still_the_one(members: list[Member], pair: Pair) -> None:
     """The other one's copy is old: it must not take over, although the speaker's lease has ended."""
 

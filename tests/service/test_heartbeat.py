@@ -19,8 +19,9 @@ from coloebpf.model import FwdBeat, Role
 from coloebpf.netns import inside
 from coloebpf.service import beat_frames
 from coloebpf.service.beat_frames import FwdSender
-from coloebpf.service.heartbeat import NEVER_NS, Heartbeat, Paths, Reports, Watch, verdict
-from coloebpf.service.peer.messages import Beat, Hello
+from coloebpf.service.heartbeat import Heartbeat, Reports
+from coloebpf.service.paths import NEVER_NS, Paths, Watch, verdict
+from coloebpf.service.peer.messages import Beat, Hello, Settled
 from coloebpf.service.peer.witness import DRIFT, IN_FLIGHT_NS
 from coloebpf.service.status import PathStatus
 
@@ -78,8 +79,8 @@ class Bench:
         self.beat.watch([Watch(0, self.role, {4: ("none", 0), 5: ("none", 7)}, leased=True)])
         self.beat.peer_up(Hello("b", PEER.hex(), 1, LEASE, ()))
 
-    def _send(self, beat: Beat) -> bool:
-        self.said.append(("beat", beat))
+    def _send(self, message: Beat | Settled) -> bool:
+        self.said.append((message.TYPE, message))
         return True
 
     def mgmt(self, echo: int = 0, granted: tuple[int, ...] = (), age: int = 0) -> None:
@@ -378,6 +379,8 @@ def test_waiting_until_the_primary_is_silent() -> None:
             send=lambda beat: True, fwd_beats=dict, reports=Reports(print, print, print, print),
         )  # fmt: skip
         start = time.monotonic_ns()
+        beat.granter.settle(0)
+        beat.granter.promise(0, start)
         await beat.wait_safe(0)
         assert time.monotonic_ns() - start >= 30 * MS + 30 * MS // DRIFT + IN_FLIGHT_NS - 5 * MS
 
@@ -470,7 +473,8 @@ def test_run_beats_at_its_interval_on_both_paths(wire: str) -> None:
         sent: list[Beat] = []
         enough = asyncio.Event()
 
-        def send(beat: Beat) -> bool:
+        def send(beat: Beat | Settled) -> bool:
+            assert isinstance(beat, Beat)
             sent.append(beat)
             if len(sent) == 6:
                 enough.set()

@@ -19,9 +19,12 @@ from coloebpf.service.peer.messages import (
     Hello,
     Message,
     PairNote,
+    Patience,
     Prepare,
     Prepared,
+    Restarting,
     Resumed,
+    Settled,
     StateNote,
     Suspended,
 )
@@ -37,6 +40,9 @@ EXAMPLES: list[Message] = [
     Suspended(1, 2),
     Committed(1, 0xFFFFFFFF),
     Resumed(5),
+    Restarting(5000, 7, (0, 3)),
+    Patience(5000, ()),
+    Settled(3),
     StateNote(1, State.HALTED, 9),
     Bye("stopped by the operator"),
 ]

@@ -452,6 +452,24 @@ def test_protected_again() -> None:
     play(test)
 
 
+def test_a_host_that_is_alone_makes_its_right_last_before_its_service_ends() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        await world.primary.rest(5)
+        assert world.arbiter.rested == []  # it speaks by the secondary's leave, which is farewell.py's
+        world.part()
+        world.arbiter.answers[P].put_nowait(Grant(ahead()))
+        world.arbiter.answers[S].put_nowait(Refusal("alone a"))
+        await world.states(PASSTHROUGH, HALTED)
+        long = ahead() + 10**9
+        world.arbiter.answers[P].put_nowait(Grant(long))
+        await world.primary.rest(5)
+        assert world.arbiter.rested == [5]
+        assert world.p.plane.deadline_ns == long
+
+    play(test, leased=True)
+
+
 # ---- the hosts have lost each other --------------------------------------------------------------------------------
 
 
@@ -516,7 +534,7 @@ def test_the_secondary_takes_over(careful: bool, during: Step | None) -> None:
         assert [step for step in world.story if step[0] == "s"] == ["s failover", f"s deadline {until}", "s promoted"]
         assert world.announced == ["web"]
 
-    play(test, careful=careful)
+    play(test, careful=careful, leased=True)
 
 
 def test_a_question_is_not_taken_back() -> None:

@@ -43,7 +43,7 @@ class Record:
         await self._think()
         return Grant() if self.right is pair.role else Refusal(f"right is {self.right}")
 
-    async def renew(self, pair: Protected) -> Grant | Refusal:
+    async def renew(self, pair: Protected, seconds: int = 0) -> Grant | Refusal:
         return Grant()
 
     async def release(self, pair: Protected) -> Grant | Refusal:

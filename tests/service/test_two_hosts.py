@@ -24,7 +24,7 @@ from coloebpf.netns import inside
 from coloebpf.service.peer.pki import init_pki
 from tests.service import etcds
 from tests.service.etcds import Member
-from tests.service.host_process import Words
+from tests.service.host_process import GRACE_MS, Words
 
 PATIENCE = 20.0  # seconds
 ROLES = {"a": Role.PRIMARY, "b": Role.SECONDARY}
@@ -116,19 +116,25 @@ class Two:
         init_pki(directory / "pki", tuple(ROLES))
         self.words, self.logs = {}, {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        for name, role in ROLES.items():
+        self.directory = directory
+        for name in ROLES:
             (directory / name).write_bytes(bytes(16))
             self.words[name] = Words(directory / name)
             self.logs[name] = directory / f"{name}.log"
-            other = "ab"[name == "a"]
-            about = {
-                "name": name, "peer": other, "role": int(role), "words": str(directory / name), "etcd": etcd.url,
-                "pki": str(directory / "pki"), "listen": MANAGEMENT[name], "connect": MANAGEMENT[other],
-                "pair": f"pair-{directory.name}",
-            }  # fmt: skip
-            with inside(site.spaces[name]), self.logs[name].open("wb") as log:
-                command = (sys.executable, "-m", "tests.service.host_process", json.dumps(about))
-                self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
+            self.start(name)
+
+    def start(self, name: str) -> None:
+        """A host's service; its words are as they were."""
+        directory, role = self.directory, ROLES[name]
+        other = "ab"[name == "a"]
+        about = {
+            "name": name, "peer": other, "role": int(role), "words": str(directory / name), "etcd": self.etcd.url,
+            "pki": str(directory / "pki"), "listen": MANAGEMENT[name], "connect": MANAGEMENT[other],
+            "pair": f"pair-{directory.name}",
+        }  # fmt: skip
+        with inside(self.site.spaces[name]), self.logs[name].open("ab") as log:
+            command = (sys.executable, "-m", "tests.service.host_process", json.dumps(about))
+            self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self.processes[name].send_signal(number)
@@ -215,6 +221,30 @@ def test_given_lock_step_when_the_secondary_is_killed_then_the_primary_goes_on_a
     two.watch(lambda: two.state("a") is State.PASSTHROUGH)
     two.watch_for(2.5)
     assert two.speakers() == "a"
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_given_lock_step_when_a_service_is_restarted_as_planned_then_the_primary_speaks_all_the_time(
+    two: Two, name: str
+) -> None:
+    two.signal(name, signal.SIGTERM)
+    two.processes[name].wait()
+    two.watch_for(1.0)  # some leases
+    assert two.speakers() == "a"
+    two.start(name)
+    two.watch_for(3.5)  # longer than the grace
+    assert two.speakers() == "a", two.said()
+    assert (two.state("a"), two.state("b")) == (State.LOCKSTEP, State.UNPROTECTED)
+    two.signal("a", signal.SIGKILL)
+    assert two.watch(lambda: two.state("b") is State.PROMOTED) < 2
+
+
+def test_given_a_planned_restart_when_the_primary_stays_away_then_the_secondary_takes_over_behind_the_grace(
+    two: Two,
+) -> None:
+    two.signal("a", signal.SIGTERM)
+    took = two.watch(lambda: two.state("b") is State.PROMOTED)
+    assert GRACE_MS / 1000 - 0.1 < took < GRACE_MS / 1000 + 2
 
 
 def test_given_lock_step_when_the_primary_is_frozen_and_wakes_up_then_it_finds_itself_halted(two: Two) -> None:

@@ -9,14 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coloebpf.model import FwdBeat, Role
-from coloebpf.service.heartbeat import Heartbeat, Reports, Watch
-from coloebpf.service.peer.messages import Beat, Hello
-from coloebpf.service.peer.witness import DRIFT, IN_FLIGHT_NS, Granter, Speaker, lease_of, newer
+from coloebpf.service.farewell import Farewell
+from coloebpf.service.heartbeat import Heartbeat, Reports
+from coloebpf.service.paths import Watch
+from coloebpf.service.peer.messages import Beat, Hello, Message, Patience, Restarting, Settled
+from coloebpf.service.peer.witness import DRIFT, GRACE_MAX_MS, IN_FLIGHT_NS, Granter, Speaker, lease_of, newer
 
 MS = 1_000_000
 INTERVAL, TIMEOUT = 50 * MS, 200 * MS
 LEASE = lease_of(TIMEOUT)
 PAIR = 5
+GRACE_MS = 1000
 
 
 def test_the_lease_leaves_time_to_ask() -> None:
@@ -44,13 +47,17 @@ def test_the_deadline_counts_from_the_sending() -> None:
 
 def test_the_secondary_waits_for_what_it_or_its_predecessor_has_granted() -> None:
     granter = Granter(LEASE, started_ns=50)
-    after = LEASE + LEASE // DRIFT + IN_FLIGHT_NS
-    assert granter.safe_at_ns(PAIR) == 50 + after
-    granter.promise(PAIR, 49)  # heard by the predecessor, which may have granted more since
-    assert granter.safe_at_ns(PAIR) == 50 + after
+    after, longest = LEASE + LEASE // DRIFT + IN_FLIGHT_NS, GRACE_MAX_MS * MS
+    unknown = 50 + longest + longest // DRIFT + IN_FLIGHT_NS  # its predecessor may have given as much
+    assert granter.safe_at_ns(PAIR) == unknown
     granter.promise(PAIR, 1000)
+    assert granter.safe_at_ns(PAIR) == unknown
+    granter.settle(PAIR)
+    assert granter.safe_at_ns(PAIR) == 1000 + after
     granter.promise(PAIR, 900)  # heard on the other path before
     assert granter.safe_at_ns(PAIR) == 1000 + after
+    granter.promise_grace(PAIR, 2000, 2 * LEASE)
+    assert granter.safe_at_ns(PAIR) == 2000 + 2 * LEASE + 2 * LEASE // DRIFT + IN_FLIGHT_NS
 
 
 @dataclass
@@ -67,6 +74,7 @@ class Host:
     due: int = 0
     noted: FwdBeat | None = None
     beat: Heartbeat = field(init=False)
+    farewell: Farewell = field(init=False)
 
     def __post_init__(self) -> None:
         self.start(1)
@@ -87,6 +95,7 @@ class Host:
         )
         self.beat.watch([Watch(PAIR, self.role, {PAIR: ("none", 0)}, leased=True)])
         self.beat._senders[PAIR] = self  # type: ignore[assignment]
+        self.farewell = Farewell(self.beat, lambda message: self.world.send(self, message), GRACE_MS, self.clock)
         if self.role is Role.SECONDARY:
             self.beat.set_granting(PAIR, True)
 
@@ -123,7 +132,9 @@ class World:
         self.fwd_delay: int | None = MS
         self.deaf: set[Role] = set()  # nothing arrives there
         self.frozen: set[Role] = set()
-        self.flying: list[tuple[int, Role, object]] = []
+        self.link = 0  # number of the link's session; 0: none
+        self.sessions = 0
+        self.flying: list[tuple[int, Role, object, int]] = []
         self.primary = Host(Role.PRIMARY, self, offset, ppm)
         self.secondary = Host(Role.SECONDARY, self, 0, 0, due=17 * MS)  # they tick at different phases
         self.greet()
@@ -136,17 +147,32 @@ class World:
 
     def greet(self) -> None:
         """The link comes up."""
+        self.sessions += 1
+        self.link = self.sessions
         for host in self.hosts():
             host.beat.peer_up(Hello("x", self.other(host).session.hex(), 1, LEASE, ()))
 
-    def send(self, host: Host, beat: Beat) -> bool:
-        if self.mgmt_delay is not None:
-            self.flying.append((self.now + self.mgmt_delay, self.other(host).role, beat))
-        return True
+    def send(self, host: Host, message: Message) -> bool:
+        if self.mgmt_delay is not None and self.link:
+            self.flying.append((self.now + self.mgmt_delay, self.other(host).role, message, self.link))
+        return bool(self.link)
+
+    def restart(self, role: Role, instance: int) -> None:
+        """A service ends and the next one starts, there is no link for now."""
+        self.link = 0
+        self.frozen.discard(role)
+        next(host for host in self.hosts() if host.role is role).start(instance)
+
+    def leave(self, role: Role) -> None:
+        """A service says goodbye and ends."""
+        next(host for host in self.hosts() if host.role is role).farewell.ask()
+        self.step(10)
+        self.frozen.add(role)
+        self.link = 0
 
     def frame(self, host: Host, cookie: bytes, counter: int) -> None:
         if self.fwd_delay is not None:
-            self.flying.append((self.now + self.fwd_delay, self.other(host).role, (cookie, counter)))
+            self.flying.append((self.now + self.fwd_delay, self.other(host).role, (cookie, counter), 0))
 
     def step(self, ms: int) -> None:
         """Time goes on by 1 ms each. Checks the promise all the time."""
@@ -160,18 +186,21 @@ class World:
                     host.beat.tick()
             assert not (self.primary.speaks and self.secondary.may_promote), "two may speak"
 
-    def arrive(self, item: tuple[int, Role, object]) -> None:
-        _, role, what = item
+    def arrive(self, item: tuple[int, Role, object, int]) -> None:
+        _, role, what, link = item
         host = next(h for h in self.hosts() if h.role is role)
-        if role in self.deaf:
+        if role in self.deaf or (link and link != self.link):  # what a session has not delivered is lost with it
             self.flying.remove(item)
         elif isinstance(what, tuple):  # the kernel notes it, frozen service or not
             self.flying.remove(item)
             host.noted = FwdBeat(host.clock(), what[0], what[1], 0)
         elif role not in self.frozen:
             self.flying.remove(item)
-            assert isinstance(what, Beat)
-            host.beat.received(what)
+            if isinstance(what, Beat):
+                host.beat.received(what)
+            else:
+                assert isinstance(what, Restarting | Patience | Settled)
+                host.farewell.received(what)
 
 
 def test_in_lock_step_the_primary_always_has_leave() -> None:
@@ -258,6 +287,60 @@ def test_the_echo_of_a_predecessors_beat_gives_no_leave() -> None:
     assert world.primary.deadline == before
 
 
+def test_a_primary_whose_service_restarts_speaks_all_the_time_and_the_secondary_does_not_ask() -> None:
+    world = World()
+    world.step(500)
+    world.leave(Role.PRIMARY)
+    for _ in range(GRACE_MS - 50):
+        world.step(1)
+        assert world.primary.speaks
+    world.restart(Role.PRIMARY, 2)
+    world.greet()
+    for _ in range(2000):
+        world.step(1)
+        assert world.primary.speaks
+    assert not world.secondary.lost
+    died = world.now  # the grace of before does not make a takeover later
+    world.frozen.add(Role.PRIMARY)
+    while not world.secondary.may_promote:
+        world.step(1)
+    assert world.now - died <= LEASE + LEASE // DRIFT + IN_FLIGHT_NS + 5 * MS
+
+
+def test_a_primary_whose_service_does_not_come_back_is_followed_when_the_grace_is_over() -> None:
+    world = World()
+    world.step(500)
+    world.leave(Role.PRIMARY)
+    left = world.now
+    while not world.secondary.may_promote:
+        world.step(1)
+    grace = GRACE_MS * MS
+    assert grace - 10 * MS <= world.now - left <= grace + grace // DRIFT + IN_FLIGHT_NS + INTERVAL
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_secondary_whose_service_restarts_leaves_the_primary_its_right(comes_back: bool) -> None:
+    world = World()
+    world.step(500)
+    world.leave(Role.SECONDARY)
+    for _ in range(GRACE_MS // 2):
+        world.step(1)
+        assert world.primary.speaks
+    assert not world.primary.lost
+    if comes_back:
+        world.restart(Role.SECONDARY, 2)
+        world.greet()
+        for _ in range(2000):
+            world.step(1)
+            assert world.primary.speaks
+        assert not world.primary.lost
+        assert world.secondary.beat.granter.safe_at_ns(PAIR) < world.secondary.clock() + 2 * LEASE
+    else:
+        while not world.primary.lost:
+            world.step(1)
+            assert world.primary.speaks  # so that it can ask the arbiter before it has to be silent
+
+
 steps = st.one_of(
     st.tuples(st.just("wait"), st.integers(1, 400)),
     st.tuples(st.just("mgmt"), st.sampled_from([None, MS, 30 * MS, 250 * MS])),
@@ -267,6 +350,7 @@ steps = st.one_of(
     st.tuples(st.just("hearing"), st.just(0)),
     st.tuples(st.just("thaw"), st.just(0)),
     st.tuples(st.just("restart"), st.sampled_from([Role.PRIMARY, Role.SECONDARY])),
+    st.tuples(st.just("leave"), st.sampled_from([Role.PRIMARY, Role.SECONDARY])),
     st.tuples(st.just("greet"), st.just(0)),
 )
 
@@ -293,7 +377,9 @@ def test_never_two(offset: int, ppm: int, plan: list[tuple[str, int | None]]) ->
         elif what == "thaw":
             world.frozen.clear()
         elif what == "restart":
-            next(host for host in world.hosts() if host.role is how).start(instance)
+            world.restart(Role(how or 0), instance)
+        elif what == "leave":
+            world.leave(Role(how or 0))
         elif world.mgmt_delay is not None and not world.frozen and not world.deaf:
             world.greet()
         world.step(1)

@@ -77,8 +77,8 @@ class Arbiter(Protocol):
         """May this host go on alone? Asks until there is an answer; the same question again gets the same answer."""
         ...
 
-    async def renew(self, pair: Protected) -> Grant | Refusal:
-        """Moves the deadline of a grant. Raises ArbiterError if there is no answer."""
+    async def renew(self, pair: Protected, seconds: int = 0) -> Grant | Refusal:
+        """Moves the deadline of a grant, for `seconds` if that is longer than usual. Raises ArbiterError."""
         ...
 
     async def release(self, pair: Protected) -> Grant | Refusal:

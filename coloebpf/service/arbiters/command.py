@@ -58,7 +58,7 @@ class CommandArbiter:
         say(log, logging.WARNING, "the other host is off", pair=pair.name)
         return Grant()
 
-    async def renew(self, pair: Protected) -> Grant | Refusal:
+    async def renew(self, pair: Protected, seconds: int = 0) -> Grant | Refusal:
         return Grant()
 
     async def release(self, pair: Protected) -> Grant | Refusal:

@@ -124,14 +124,14 @@ class EtcdArbiter:
             if isinstance(answer, Refusal) or (answer.deadline_ns or 0) > self._clock():
                 return answer
 
-    async def renew(self, pair: Protected) -> Grant | Refusal:
+    async def renew(self, pair: Protected, seconds: int = 0) -> Grant | Refusal:
         lease = self._leases.get(pair.name)
-        if lease is not None:
+        if lease is not None and seconds <= self._ttl:
             asked = self._clock()
             ttl = await self._ask(lambda member: Lease(lease, member).refresh())
             if ttl > 0:
                 return self._grant(asked, ttl)
-        return await self._claim(pair, from_both=False)
+        return await self._claim(pair, from_both=False, seconds=seconds)
 
     async def release(self, pair: Protected) -> Grant | Refusal:
         right, speaker = self._key(pair, "right"), self._key(pair, "speaker")
@@ -155,11 +155,12 @@ class EtcdArbiter:
 
     # ---- the decision ----------------------------------------------------------------------------------------------
 
-    async def _claim(self, pair: Protected, *, from_both: bool) -> Grant | Refusal:
+    async def _claim(self, pair: Protected, *, from_both: bool, seconds: int = 0) -> Grant | Refusal:
         """Takes the right, if it may be taken, or takes it up again with a new lease. Raises ArbiterError."""
+        length = max(seconds, self._ttl)
         right, speaker, mine = self._key(pair, "right"), self._key(pair, "speaker"), ALONE + self._host
         asked = self._clock()
-        granted = await self._ask(lambda member: _grant_lease(member, self._ttl))
+        granted = await self._ask(lambda member: _grant_lease(member, length))
         lease, ttl = granted
         take = [_put(right, mine), _put(speaker, self._host, lease)]
         if from_both and await self._transact([_value_is(right, BOTH)], take):

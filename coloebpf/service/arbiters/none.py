@@ -35,7 +35,7 @@ class NoArbiter:
             return Grant()
         return Refusal("there is no arbiter: the primary may be alive and speaking")
 
-    async def renew(self, pair: Protected) -> Grant | Refusal:
+    async def renew(self, pair: Protected, seconds: int = 0) -> Grant | Refusal:
         return await self.acquire(pair)
 
     async def release(self, pair: Protected) -> Grant | Refusal:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NoReturn
 
 from coloebpf.errors import MessageError
 from coloebpf.model import MAX_PAIRS, Role, State
+from coloebpf.service.peer.witness import GRACE_MAX_MS
 
 VERSION = 1
 MAX_BYTES = 65_536  # of a frame behind its length; a hello of MAX_PAIRS pairs takes some 8,000
@@ -83,7 +84,7 @@ def _by(check: Check) -> dict[str, Check]:
     return {"check": check}
 
 
-_PAIR, _EPOCH, _TIME = _integer(MAX_PAIRS - 1), _integer(U32), _integer(U64)
+_PAIR, _EPOCH, _TIME, _GRACE = _integer(MAX_PAIRS - 1), _integer(U32), _integer(U64), _integer(GRACE_MAX_MS)
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,36 @@ class StateNote:
 
 
 @dataclass(frozen=True)
+class Restarting:
+    """The sender's service is about to end, and wants its silence to mean nothing for `ms` (farewell.py).
+
+    `echo`: the newest beat heard of the other side, from whose sending on it may speak for the pairs `granted` so long.
+    """
+
+    TYPE: ClassVar[str] = "restarting"
+    ms: int = field(metadata=_by(_GRACE))
+    echo: int = field(metadata=_by(_integer(U32)))
+    granted: tuple[int, ...] = field(metadata=_by(_many(_PAIR)))
+
+
+@dataclass(frozen=True)
+class Patience:
+    """The answer to `restarting`: so be it, for `ms`; so long the asking host may speak for the pairs `granted`."""
+
+    TYPE: ClassVar[str] = "patience"
+    ms: int = field(metadata=_by(_GRACE))
+    granted: tuple[int, ...] = field(metadata=_by(_many(_PAIR)))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """To the secondary: the primary's right to speak is that of a beat of this session, and no older or longer one."""
+
+    TYPE: ClassVar[str] = "settled"
+    pair: int = field(metadata=_by(_PAIR))
+
+
+@dataclass(frozen=True)
 class Bye:
     """The service ends on purpose."""
 
@@ -189,10 +220,21 @@ class Bye:
     reason: str = field(metadata=_by(_text(MAX_REASON)))
 
 
-Message = Hello | Beat | Prepare | Prepared | Suspended | Committed | Resumed | StateNote | Bye
-TYPES: dict[str, type[Message]] = {
-    kind.TYPE: kind for kind in (Hello, Beat, Prepare, Prepared, Suspended, Committed, Resumed, StateNote, Bye)
-}
+Message = (
+    Hello
+    | Beat
+    | Prepare
+    | Prepared
+    | Suspended
+    | Committed
+    | Resumed
+    | StateNote
+    | Restarting
+    | Patience
+    | Settled
+    | Bye
+)
+TYPES: dict[str, type[Message]] = {kind.TYPE: kind for kind in Message.__args__}
 
 
 def _plain(value: object) -> object:

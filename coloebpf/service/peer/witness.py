@@ -13,8 +13,9 @@ p was before s, whatever the clocks show, and the primary's deadline counts from
 as long as it likes. So on the secondary's clock the primary is silent from s + L on, but for clocks of different speed
 (DRIFT; NTP steers by 500 ppm at most, two clocks by 1,000) and for packets that a program let pass just before the
 deadline and that are still in the bridge or the NIC (IN_FLIGHT). The secondary promotes itself no sooner than safe_at,
-counted from the last beat that it has answered with a grant; a service that has just started counts from its start, for
-its predecessor may have granted anything until then. When it asks the arbiter it stops granting first.
+counted from the last beat that it has answered with a grant. When it asks the arbiter it stops granting first. A
+service that has just started knows nothing of its predecessor's grants. It counts GRACE_MAX from its start, until the
+primary says `settled`: its deadline is by a beat of this service's own (Heartbeat._granted).
 
 The deadline is in the pair's map entry, and the programs compare it with the clock for each packet. A host that was
 frozen finds it passed, no process of its has to run first. What this does not cover is a clock that stands still: a
@@ -25,8 +26,9 @@ Who goes first. The secondary asks the arbiter only L after it last heard the pr
 misses the secondary, which is earlier. So when only the links between two healthy hosts are cut, the primary wins. A
 primary that hears the secondary and yet has lost its leave (it is not heard, or the secondary has asked) asks, too.
 
-A service that is gone for longer than L is therefore as good as a host that is gone: the secondary takes over. Who
-wants restarts of the service without that sets a longer heartbeat timeout, and waits as long for every takeover.
+A service that is gone for longer than L without a word is therefore as good as a host that is gone: the secondary takes
+over. One that ends on purpose asks for patience first (farewell.py): the grants of both sides, given once more, for as
+long as a restart may take. The arithmetic is the same with that time in L's place.
 
 What the two sides of a pair have to keep to:
 - The secondary grants from SYNCING on; the primary is in lock-step, and says so, only with a deadline in its map.
@@ -39,6 +41,7 @@ from __future__ import annotations
 from collections import deque
 
 NS_PER_MS = 1_000_000
+GRACE_MAX_MS = 10_000  # a planned restart may take so long at most
 DRIFT = 500  # one part in so many: 2,000 ppm between two clocks, twice what NTP's steering can make of them
 IN_FLIGHT_NS = 20 * NS_PER_MS  # from a program's look at the clock to the packet on the wire
 HALF_OF_U32 = 1 << 31
@@ -60,8 +63,9 @@ class Granter:
     def __init__(self, lease_ns: int, started_ns: int) -> None:
         self.lease_ns = lease_ns
         self._pairs: set[int] = set()
-        self._started_ns = started_ns
-        self._promised_ns: dict[int, int] = {}  # pair -> when the last beat was heard that it has answered with a grant
+        self._before_ns = _silent(started_ns, max(lease_ns, GRACE_MAX_MS * NS_PER_MS))  # by what a predecessor granted
+        self._safe_ns: dict[int, int] = {}  # pair -> by its own grants with beats
+        self._grace_ns: dict[int, int] = {}  # pair -> by all others
 
     @property
     def pairs(self) -> frozenset[int]:
@@ -76,12 +80,24 @@ class Granter:
 
     def promise(self, pair: int, heard_ns: int) -> None:
         """A grant goes out, as the answer to a beat that was heard at `heard_ns`. Call it before sending."""
-        self._promised_ns[pair] = max(heard_ns, self._promised_ns.get(pair, self._started_ns))
+        self._safe_ns[pair] = max(_silent(heard_ns, self.lease_ns), self._safe_ns.get(pair, 0))
+
+    def promise_grace(self, pair: int, heard_ns: int, length_ns: int) -> None:
+        """For a planned restart; heard of at `heard_ns`. Call it before sending."""
+        self._grace_ns[pair] = max(_silent(heard_ns, length_ns), self._grace_ns.get(pair, self._before_ns))
+
+    def settle(self, pair: int) -> None:
+        """The primary speaks by grants with this service's beats alone."""
+        self._grace_ns[pair] = 0
 
     def safe_at_ns(self, pair: int) -> int:
         """From then on the other host can't be speaking for `pair` by any grant of ours."""
-        since = self._promised_ns.get(pair, self._started_ns)
-        return since + self.lease_ns + self.lease_ns // DRIFT + IN_FLIGHT_NS
+        return max(self._safe_ns.get(pair, 0), self._grace_ns.get(pair, self._before_ns))
+
+
+def _silent(heard_ns: int, length_ns: int) -> int:
+    """When the primary is, by a grant of this length as the answer to what was heard at `heard_ns`."""
+    return heard_ns + length_ns + length_ns // DRIFT + IN_FLIGHT_NS
 
 
 class Speaker:
