@@ -75,6 +75,15 @@ static __always_inline bool place_of_vif(struct place *at, u32 ifindex)
 	return place_of(at, nic_by_id.lookup(&id)); /* looked up once more, or the verifier would follow both ways to the end */
 }
 
+/* The vif of the SVM that an epoch has: one write of the pair's word exchanges the SVM together with its translations. */
+static __always_inline u32 vif_in(const struct nic *nic, u32 epoch)
+{
+	return nic->next_vif && (s32)(epoch - nic->next_epoch) >= 0 ? nic->next_vif : nic->vif;
+}
+
+/* Between that write and the next one, which says that the new SVM is there: there may still be a way back. */
+static __always_inline bool on_trial(const struct place *at) { return at->nic->next_vif && at->epoch == at->nic->next_epoch; }
+
 static __always_inline bool place_of_id(struct place *at, u32 id)
 {
 	return place_of(at, nic_by_id.lookup(&id));

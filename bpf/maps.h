@@ -28,7 +28,7 @@
 BPF_TABLE_PINNED("array", u32, struct settings, settings, 1, PIN_DIR "/settings");          /* loader -> all programs */
 BIG_TABLE_PINNED(struct hash_keys, hash_keys, HASH_KEYS_BYTES);       /* loader -> P2, P3, drain */
 BPF_TABLE_PINNED("array", u32, struct pair, pairs, MAX_PAIRS, PIN_DIR "/pairs", ALIGNED);            /* control -> all programs (mmap'ed: written by plain stores of 8 bytes) */
-BPF_TABLE_PINNED("hash", u32, struct nic, nics, MAX_NICS, PIN_DIR "/nics");                 /* loader -> vif hooks, by ifindex of the vif */
+BPF_TABLE_PINNED("hash", u32, struct nic, nics, 2 * MAX_NICS, PIN_DIR "/nics");                 /* loader -> vif hooks, by ifindex of the vif */
 BPF_TABLE_PINNED("array", u32, u32, vif_hints, VIF_HINTS, PIN_DIR "/vif_hints");            /* vif hooks: nic.id by ifindex, where it was last */
 BPF_TABLE_PINNED("array", u32, struct nic, nic_by_id, MAX_NICS, PIN_DIR "/nic_by_id");      /* loader -> fwd hooks, drain */
 BPF_TABLE_PINNED("array", u32, struct fwd_beat, fwd_beats, MAX_NICS, PIN_DIR "/fwd_beats"); /* control: cookies; XDP on fwd: the rest -> control */

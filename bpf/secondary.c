@@ -27,7 +27,8 @@ int s1_arrive(struct xdp_md *ctx)
 	struct edits *e = &notes->edits;
 	parse(&v, p, end - data, true);
 	at.count->delivered++;
-	if (p->key.kind != KIND_TCP)
+	a->from = at.epoch; /* whose numbers the frame has, and so which SVM gets it */
+	if (p->key.kind != KIND_TCP || on_trial(&at)) /* the new SVM is a copy: the numbers stay, and what is known of the old one's is kept */
 		return XDP_PASS;
 	if (!from_client(e, &v, p, &at, bpf_ktime_get_ns())) {
 		drop(&at, DROP_EARLY_ACK);
@@ -68,7 +69,7 @@ int s1_deliver(struct __sk_buff *skb)
 	if ((void *)(a + 1) > (void *)(long)skb->data || !place_of_id(&at, a->nic))
 		return VERDICT_DROP;
 	skb->mark = at.set->mark;
-	return bpf_redirect(at.nic->vif, 0);
+	return bpf_redirect(vif_in(at.nic, a->from), 0);
 }
 
 /* Writes the edits into a packet whose checksum may still be partial: the helpers know. */
@@ -105,6 +106,10 @@ int s2_output(struct __sk_buff *skb)
 		drop(&at, at.state == HALTED ? DROP_HALTED : DROP_ISOLATED);
 		return VERDICT_DROP;
 	}
+	if (vif_in(at.nic, at.epoch) != skb->ifindex) { /* a VM that is no SVM any more, or not yet */
+		drop(&at, DROP_ISOLATED);
+		return VERDICT_DROP;
+	}
 	struct view v = look(skb);
 	struct scratch *notes = fresh_scratch(&at);
 	if (!notes)
@@ -139,7 +144,7 @@ int s3_isolate(struct __sk_buff *skb)
 		return VERDICT_PASS;
 	if (is_ours(&at, skb->mark))
 		return VERDICT_PASS;
-	if (at.state != PROMOTED) {
+	if (at.state != PROMOTED || vif_in(at.nic, at.epoch) != skb->ifindex) {
 		drop(&at, DROP_ISOLATED);
 		return VERDICT_DROP;
 	}

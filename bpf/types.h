@@ -27,6 +27,8 @@ struct nic {
 	u8 other; /* Ethernet types that are neither IP nor ARP */
 	u8 exempts; /* the exemption map has entries for it */
 	u32 flags; /* NIC_*: what the loader made and must take away */
+	u32 next_vif;   /* on a secondary: from epoch `next_epoch` on the SVM is another VM, behind this ifindex; 0: it stays the same */
+	u32 next_epoch;
 };
 
 #define NIC_CLSACT_VIF 1u

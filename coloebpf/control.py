@@ -118,6 +118,10 @@ class Control:
         """Takes effect on the next packet."""
         self._write(pair, state, self.state(pair).epoch)
 
+    def set_epoch(self, pair: int, epoch: int) -> None:
+        """Takes effect on the next packet."""
+        self._write(pair, self.state(pair).state, epoch)
+
     def set_deadline(self, pair: int, deadline_ns: int) -> None:
         """End of the right to speak, CLOCK_MONOTONIC ns; 0: none. After it the programs treat the pair as halted."""
         self._words(pair)[1] = deadline_ns

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from coloebpf import bpfsys, netdev, pins, shapes, tuning
+from coloebpf import bpfsys, netdev, pins, shapes, tuning, vifs
 from coloebpf.detaching import detach, remove_pins
 from coloebpf.errors import BpfError, ConfigError
 from coloebpf.model import MAX_NICS, MAX_PAIRS, NIC_CLSACT_FWD, NIC_CLSACT_VIF, NicSpec, Role, Sizes
@@ -236,26 +236,26 @@ class Dataplane:
 
         Again over a running one: replaces them without a gap, and keeps the NIC's exemptions. When it fails, what this
         call has added to hooks and maps is taken away again; the offloads of `fwd` stay off.
+
+        With a `standby_vif` the guest is behind whichever of the two it was, and a secondary's hooks are on both.
         """
         mac = check_spec(spec)
         with netdev.Devices() as devices, ExitStack() as undo:
-            vif, fwd = devices.find(spec.vif), devices.find(spec.fwd)
-            devices.check_forward(fwd, vif, self.sizes.mtu)
-            primary = spec.role == Role.PRIMARY
-            hooks = (
-                (vif, "egress", "p1_mirror" if primary else "s3_isolate"),
-                (vif, "ingress", "p2_output" if primary else "s2_output"),
-                (fwd, "ingress", "link_deliver"),
-            )
+            fwd = devices.find(spec.fwd)
+            vifs = self._vifs(spec, devices)
+            for vif in vifs:
+                devices.check_forward(fwd, vif, self.sizes.mtu)
+            hooks = _hooks(spec, vifs, fwd)
             ours = [devices.check_free(device, side) for device, side, _ in hooks]
             xdp_ours = devices.check_xdp_free(fwd)
             tuning.offloads_off(spec.fwd)
-            made = 0
-            for device, flag in ((vif, NIC_CLSACT_VIF), (fwd, NIC_CLSACT_FWD)):
+            made = dict.fromkeys((vif.index for vif in vifs), 0)
+            for device in (*vifs, fwd):
                 if devices.ensure_clsact(device):
                     undo.callback(devices.remove_clsact, device.index)
-                    made |= flag
-            self._register(undo, spec, mac, vif.index, fwd.index, made)
+                    of_vif = device.index != fwd.index
+                    made[device.index if of_vif else vifs[0].index] |= NIC_CLSACT_VIF if of_vif else NIC_CLSACT_FWD
+            self._register(undo, spec, mac, fwd.index, made)
             for (device, side, program), there in zip(hooks, ours, strict=True):
                 if not there:
                     undo.callback(devices.remove_tc, device.index, side)
@@ -264,20 +264,24 @@ class Dataplane:
                 undo.callback(devices.remove_xdp, fwd.index)
             devices.attach_xdp(fwd, self._programs[netdev.XDP_PROGRAM], xdp_mode)
             if rps:
-                tuning.spread_receive(spec.vif)
+                for vif in vifs:
+                    tuning.spread_receive(vif.name)
             undo.pop_all()
 
     def detach(self, nic: int) -> None:
         """Takes the programs off one NIC's devices, and the NIC out of the maps; fwd stays if another NIC uses it."""
         value, link = self._kinds.leaf("nics")(), self._kinds.key("links")()
         bpfsys.lookup(self._fd("nic_by_id"), ct.c_uint32(nic), value)
+        of_vif = self._of_nic(nic)
         with netdev.Devices() as devices:
-            devices.detach(value.vif, bool(value.flags & NIC_CLSACT_VIF))
+            for vif, flags in of_vif.items():
+                devices.detach(vif, bool(flags & NIC_CLSACT_VIF))
             link.fwd, link.vlan = value.fwd, value.vlan
             bpfsys.delete(self._fd("links"), link)
             if not any(key.fwd == value.fwd for key in bpfsys.keys(self._fd("links"), type(link))):
-                devices.detach(value.fwd, bool(value.flags & NIC_CLSACT_FWD))
-        bpfsys.delete(self._fd("nics"), ct.c_uint32(value.vif))
+                devices.detach(value.fwd, any(flags & NIC_CLSACT_FWD for flags in of_vif.values()))
+        for vif in of_vif:
+            bpfsys.delete(self._fd("nics"), ct.c_uint32(vif))
         bpfsys.update(self._fd("nic_by_id"), ct.c_uint32(nic), type(value)())
 
     def settled(self) -> None:
@@ -288,18 +292,34 @@ class Dataplane:
         """For programs that were reused: attach() would change nothing, but for offloads that somebody turned on."""
         mac = check_spec(spec)
         with netdev.Devices() as devices:
-            vif, fwd = devices.find(spec.vif), devices.find(spec.fwd)
+            fwd = devices.find(spec.fwd)
+            vifs = self._vifs(spec, devices)
             there = self._kinds.leaf("nics")()
-            wanted = self._nic(spec, mac, vif.index, fwd.index)
-            if not bpfsys.lookup(self._fd("nics"), ct.c_uint32(vif.index), there):
-                return False
-            wanted.exempts, wanted.flags = there.exempts, there.flags
-            hooks = ((vif, "egress"), (vif, "ingress"), (fwd, "ingress"))
-            return (
-                bytes(wanted) == bytes(there)
-                and all(devices.check_free(device, side) for device, side in hooks)
-                and devices.check_xdp_free(fwd)
-            )
+            for vif in vifs:
+                if not bpfsys.lookup(self._fd("nics"), ct.c_uint32(vif.index), there):
+                    return False
+                wanted = self._nic(spec, mac, vif.index, fwd.index)
+                wanted.exempts, wanted.flags = there.exempts, there.flags
+                if bytes(wanted) != bytes(there):
+                    return False
+            hooks = _hooks(spec, vifs, fwd)
+            return all(devices.check_free(device, side) for device, side, _ in hooks) and devices.check_xdp_free(fwd)
+
+    def _vifs(self, spec: NicSpec, devices: netdev.Devices) -> list[netdev.Device]:
+        """Those that get hooks, the one that the guest is behind first."""
+        both = [devices.find(name) for name in (spec.vif, spec.standby_vif) if name]
+        before = self._kinds.leaf("nic_by_id")()
+        bpfsys.lookup(self._fd("nic_by_id"), ct.c_uint32(spec.nic), before)
+        both.sort(key=lambda vif: vif.index != before.vif)  # stable: `vif` is first if it was neither
+        return both if spec.role == Role.SECONDARY else both[:1]
+
+    def _of_nic(self, nic: int) -> dict[int, int]:
+        """Flags by ifindex of the vifs that a NIC has."""
+        found, value = {}, self._kinds.leaf("nics")()
+        for key in bpfsys.keys(self._fd("nics"), ct.c_uint32):
+            if bpfsys.lookup(self._fd("nics"), key, value) and value.id == nic:
+                found[key.value] = value.flags
+        return found
 
     def _nic(self, spec: NicSpec, mac: bytes, vif: int, fwd: int) -> Any:
         nic = self._kinds.leaf("nics")()
@@ -308,21 +328,26 @@ class Dataplane:
         nic.arp, nic.nd, nic.other = int(spec.arp), int(spec.nd), int(spec.other)
         return nic
 
-    def _register(self, undo: ExitStack, spec: NicSpec, mac: bytes, vif: int, fwd: int, made: int) -> None:
-        before = self._kinds.leaf("nics")()
-        bpfsys.lookup(self._fd("nic_by_id"), ct.c_uint32(spec.nic), before)
-        exempts = before.exempts  # the exemption map is by NIC, whatever device it had
-        flags = before.flags if bpfsys.lookup(self._fd("nics"), ct.c_uint32(vif), before) else 0
-        nic = self._nic(spec, mac, vif, fwd)
-        nic.exempts, nic.flags = exempts, flags | made
+    def _register(self, undo: ExitStack, spec: NicSpec, mac: bytes, fwd: int, made: dict[int, int]) -> None:
+        """`made`: flags by ifindex of the vifs, the guest's own first."""
+        before = self._of_nic(spec.nic)
         link = self._kinds.key("links")()
         link.fwd, link.vlan = fwd, spec.vlan
-        self._put(undo, "nic_by_id", ct.c_uint32(spec.nic), nic)
+        with vifs.LOCK:
+            kept = self._kinds.leaf("nic_by_id")()
+            bpfsys.lookup(self._fd("nic_by_id"), ct.c_uint32(spec.nic), kept)
+            for number, (vif, flags) in enumerate(made.items()):
+                nic = self._nic(spec, mac, vif, fwd)
+                nic.exempts = kept.exempts  # the exemption map is by NIC, whatever device it had
+                nic.flags = before.get(vif, 0) | flags
+                self._put(undo, "nics", ct.c_uint32(vif), nic)
+                if number == 0:
+                    if kept.vif == vif:
+                        nic.next_vif, nic.next_epoch = kept.next_vif, kept.next_epoch
+                    self._put(undo, "nic_by_id", ct.c_uint32(spec.nic), nic)
         self._put(undo, "links", link, ct.c_uint32(spec.nic))
-        self._put(undo, "nics", ct.c_uint32(vif), nic)
-        for key in bpfsys.keys(self._fd("nics"), ct.c_uint32):
-            if key.value != vif and bpfsys.lookup(self._fd("nics"), key, before) and before.id == spec.nic:
-                bpfsys.delete(self._fd("nics"), key)  # a vif that this NIC had before it was made again
+        for vif in before.keys() - made.keys():
+            bpfsys.delete(self._fd("nics"), ct.c_uint32(vif))  # one that this NIC had before it was made again
 
     def _put(self, undo: ExitStack, table: str, key: Any, value: Any) -> None:
         """Writes an entry; `undo` will bring back what was there."""
@@ -332,6 +357,15 @@ class Dataplane:
         else:
             undo.callback(bpfsys.delete, self._fd(table), key)
         bpfsys.update(self._fd(table), key, value)
+
+
+def _hooks(
+    spec: NicSpec, of_guest: Iterable[netdev.Device], fwd: netdev.Device
+) -> list[tuple[netdev.Device, str, str]]:
+    """Devices, sides and programs of all tc hooks."""
+    out, into = ("p1_mirror", "p2_output") if spec.role == Role.PRIMARY else ("s3_isolate", "s2_output")
+    found = [hook for vif in of_guest for hook in ((vif, "egress", out), (vif, "ingress", into))]
+    return [*found, (fwd, "ingress", "link_deliver")]
 
 
 def _figures(sizes: Sizes) -> tuple[int, int, int]:

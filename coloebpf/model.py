@@ -84,7 +84,8 @@ class Sizes:
 class NicSpec:
     """One guest NIC on this host: its numbers, its devices, its policies.
 
-    `vlan`: its id on `fwd`, 0 if fwd is this NIC's own. `mac`: the guest's, "" for any.
+    `vlan`: its id on `fwd`, 0 if fwd is this NIC's own. `mac`: the guest's, "" for any. `standby_vif`: the other one
+    that the guest's VMs take in turn, if its engine makes a new VM for each checkpoint.
     """
 
     nic: int
@@ -97,6 +98,7 @@ class NicSpec:
     arp: Policy = Policy.PASS
     nd: Policy = Policy.PASS
     other: Policy = Policy.COMPARE
+    standby_vif: str = ""
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,13 @@ def percentiles(buckets: Sequence[int]) -> dict[str, int]:
 
 def attached(control: Control) -> list[Any]:
     """struct nic of each NIC that attach() was called for, by their numbers."""
-    found = []
+    found: dict[int, Any] = {}
     for vif in bpfsys.keys(control.fd("nics"), ct.c_uint32):
         nic = control.shapes.leaf("nics")()
-        if bpfsys.lookup(control.fd("nics"), vif, nic):
-            found.append(nic)
-    return sorted(found, key=lambda nic: int(nic.id))
+        if bpfsys.lookup(control.fd("nics"), vif, nic) and nic.id not in found:
+            found[nic.id] = control.shapes.leaf("nic_by_id")()  # which of its vifs the guest is behind
+            bpfsys.lookup(control.fd("nic_by_id"), ct.c_uint32(nic.id), found[nic.id])
+    return [found[number] for number in sorted(found)]
 
 
 def _nic(control: Control, nic: Any) -> dict[str, Any]:

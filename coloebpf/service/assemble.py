@@ -172,7 +172,7 @@ class Service:
         arbiter = await self._arbiter(config.arbiter)
         outside = Outside(self.control, link.send, heartbeat, arbiter, self.clock, self._announce)
         kind = Primary if config.role is Role.PRIMARY else Secondary
-        pair = kind(config, partial(making.make, config, self.notifier), outside)
+        pair = kind(config, partial(making.make, config, self.notifier, self.control, link.send), outside)
         self.hooks.exempt(config)
         pair.machine.listeners.append(self._changed)
         self._kept.hand_over(config, pair.engine, self.control.state(config.number))

@@ -16,7 +16,7 @@ from coloebpf.service.peer.witness import GRACE_MAX_MS
 
 __all__ = [
     "Address", "ArbiterConfig", "CommandConfig", "Config", "ConfigErrors", "EtcdConfig", "Exemption", "HostConfig",
-    "LibxlColoConfig", "Mistake", "ModelConfig", "NicConfig", "PairConfig", "PeerConfig", "load", "parse",
+    "LibxlColoConfig", "Mistake", "ModelConfig", "NicConfig", "PairConfig", "PeerConfig", "QemuConfig", "load", "parse",
 ]  # fmt: skip
 
 MAX_VLAN = 4094  # IEEE 802.1Q: 4,095 is reserved
@@ -77,6 +77,11 @@ class NicConfig:
 
     number: int = setting(keys.integer(0, MAX_NICS - 1), "of the dataplane, the same on both hosts", shown=0)
     vif: str = setting(keys.DEVICE, "the guest's device on this host", shown="vif1.0-emu")
+    standby_vif: str = setting(
+        keys.optional(keys.DEVICE, "", "none"),
+        'for engine = "qemu": the guest\'s QEMUs take this one and vif in turn',
+        "",
+    )
     fwd: str = setting(keys.DEVICE, "the device that is wired to the other host", shown="fwd0")
     vlan: int = setting(keys.integer(0, MAX_VLAN), "this NIC's VLAN id on fwd; 0: fwd is this NIC's alone", 0)
     mac: str = setting(
@@ -95,7 +100,7 @@ class NicConfig:
         """As the dataplane's attach() takes it."""
         return NicSpec(
             nic=self.number, pair=pair.number, role=pair.role, vif=self.vif, fwd=self.fwd, vlan=self.vlan, mac=self.mac,
-            arp=self.arp, nd=self.nd, other=self.other,
+            arp=self.arp, nd=self.nd, other=self.other, standby_vif=self.standby_vif,
         )  # fmt: skip
 
 
@@ -131,14 +136,44 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QemuConfig:
+    """[pair.qemu]: for engine = "qemu", guests of QEMU that are copied by live migration."""
+
+    qmp: Path = setting(
+        keys.SOCKET,
+        "where the guest's QMP answers if this host has started it; nobody else may use this socket",
+        shown="/run/web.qmp",
+    )
+    command: tuple[str, ...] = setting(
+        keys.WORDS,
+        "how this host starts a QEMU of the guest; {qmp}, {tap0}, {tap1}, ... (devices of the NICs, in their order) "
+        "and {name} (the pair's) are filled in, -S and -incoming are added",
+        shown=[
+            "qemu-system-x86_64", "-name", "{name}", "-m", "1G", "-qmp", "unix:{qmp},server=on,wait=off",
+            "-netdev", "tap,id=n0,ifname={tap0},script=no,downscript=no",
+            "-device", "virtio-net-pci,netdev=n0,mac=02:c0:10:00:00:01",
+        ],
+    )  # fmt: skip
+    listen: Address = setting(
+        keys.ADDRESS, "where this host takes the guest's memory; it is not encrypted on its way", shown="10.9.9.1:7790"
+    )
+    fill_mib_s: int = setting(
+        keys.integer(1, 100_000, "MiB/s"), "the guest's memory is copied in the background, so fast at most", 200
+    )
+    run_dir: Path = setting(
+        keys.SOCKET, "sockets and logs of the QEMUs that are started here", Path("/run/coloebpf/qemu")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairConfig:
     """[[pair]]: a guest on two hosts."""
 
     name: str = setting(keys.NAME, "the pair's name, in commands, logs and metrics", shown="web")
     number: int = setting(keys.integer(0, MAX_PAIRS - 1), "of the dataplane, the same on both hosts", shown=0)
     role: Role = setting(keys.member(Role), "what this host is to the guest", shown="primary")
-    engine: Literal["libxl-colo", "model"] = setting(
-        keys.choice("libxl-colo", "model"), "what makes the checkpoints", shown="libxl-colo"
+    engine: Literal["libxl-colo", "qemu", "model"] = setting(
+        keys.choice("libxl-colo", "qemu", "model"), "what makes the checkpoints", shown="libxl-colo"
     )
     arbiter: Literal["none", "etcd", "command"] = setting(
         keys.choice("none", "etcd", "command"), "who says which host goes on alone", "none", shown="etcd"
@@ -180,6 +215,7 @@ class PairConfig:
     nics: tuple[NicConfig, ...] = table(NicConfig, "nic", "the guest's NICs", many=True)
     exempts: tuple[Exemption, ...] = table(Exemption, "exempt", "passes uncompared", (), many=True, live=True)
     libxl_colo: LibxlColoConfig | None = table(LibxlColoConfig, "libxl_colo", 'for engine = "libxl-colo"', None)
+    qemu: QemuConfig | None = table(QemuConfig, "qemu", 'for engine = "qemu"', None)
     model: ModelConfig = table(ModelConfig, "model", 'for engine = "model"', ModelConfig())
 
 

@@ -60,10 +60,14 @@ def _listening(config: Config, pairs: Pairs) -> Iterator[tuple[str, Address]]:
     for at, pair in pairs:
         if pair.engine == "libxl-colo" and pair.libxl_colo:
             yield f"{at}.libxl_colo.listen", pair.libxl_colo.listen
+        if pair.engine == "qemu" and pair.qemu:
+            yield f"{at}.qemu.listen", pair.qemu.listen
 
 
 def _devices(reader: Reader, nics: Nics) -> None:
-    _once(reader, ((f"{at}.vif", nic.vif) for at, nic in nics), "a vif is one NIC's")
+    of_vms = [(f"{at}.vif", nic.vif) for at, nic in nics]
+    of_vms += [(f"{at}.standby_vif", nic.standby_vif) for at, nic in nics if nic.standby_vif]
+    _once(reader, of_vms, "a vif is one NIC's")
     sharing: dict[str, Nics] = defaultdict(list)
     for at, nic in nics:
         sharing[nic.fwd].append((at, nic))
@@ -102,6 +106,8 @@ def _times(reader: Reader, at: str, pair: PairConfig) -> None:
 
 
 def _engine(reader: Reader, at: str, pair: PairConfig) -> None:
+    if pair.engine == "qemu":
+        _qemu(reader, at, pair)
     if pair.engine != "libxl-colo":
         return
     if not pair.libxl_colo:
@@ -111,6 +117,16 @@ def _engine(reader: Reader, at: str, pair: PairConfig) -> None:
     if not listen.loopback or ":" in listen.host:
         why = "must be an IPv4 address of loopback: libxl knows no other, and nothing protects the connection"
         reader.wrong(f"{at}.libxl_colo.listen", f"is {listen}", why)
+
+
+def _qemu(reader: Reader, at: str, pair: PairConfig) -> None:
+    if not pair.qemu:
+        _missing(reader, f"{at}.qemu", f'{at}.engine = "qemu" needs it')
+    for i, nic in enumerate(pair.nics):
+        if nic and not nic.standby_vif:
+            _missing(reader, f"{at}.nic[{i}].standby_vif", f'{at}.engine = "qemu" needs a second tap for each NIC')
+    if pair.qemu and "{qmp}" not in " ".join(pair.qemu.command):
+        reader.wrong(f"{at}.qemu.command", "has no {qmp}", "must make QEMU listen there, or nobody can speak to it")
 
 
 def _exemptions(reader: Reader, at: str, pair: PairConfig) -> None:

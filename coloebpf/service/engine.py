@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,15 @@ class DomainGone:
     reason: str
 
 
-EngineEvent = Ready | Suspended | Committed | Failed | SecondaryGone | DomainGone
+@dataclass(frozen=True)
+class Replacing:
+    """On the secondary: the SVM's vif is exchanged with the pair's next epoch, which should begin now.
+
+    If the pair is in no state for it the epoch stays, and the engine goes back.
+    """
+
+
+EngineEvent = Ready | Suspended | Committed | Failed | SecondaryGone | DomainGone | Replacing
 Emit = Callable[[EngineEvent], None]
 
 
@@ -76,3 +84,17 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """Lets go of everything that is this engine's; the guest goes on. Tells nothing afterwards."""
+
+
+Say = Callable[[str, int, str], object]  # a word, a number, more words: to the other host's engine, if there is a link
+
+
+@runtime_checkable
+class Talking(Protocol):
+    """An engine that talks to the other host's; what it says is nobody else's business."""
+
+    def heard(self, word: str, number: int, detail: str) -> None:
+        """The other one has said something; in the order in which it did."""
+
+    def peer_up(self) -> None:
+        """There is a link again; what was said before may be lost."""

@@ -18,10 +18,10 @@ from coloebpf.errors import ArbiterError, ColoError, PairError
 from coloebpf.model import Role, State
 from coloebpf.service.arbiters.base import Arbiter, Grant, Refusal, keep
 from coloebpf.service.config import PairConfig
-from coloebpf.service.engine import Emit, Engine, EngineEvent
+from coloebpf.service.engine import Emit, Engine, EngineEvent, Talking
 from coloebpf.service.log import say
 from coloebpf.service.machine import REPLICATED, TRANSITIONS, Machine, Trigger
-from coloebpf.service.peer.messages import Message, PairNote, StateNote
+from coloebpf.service.peer.messages import EngineWord, Message, PairNote, StateNote
 
 log = logging.getLogger("coloebpf.pair")
 
@@ -146,6 +146,13 @@ class Supervisor(ABC):
             self.say(logging.ERROR, "the other host has no such pair in the other role: compare both files")
             return
         self.peer_says(peer.state, live=False)
+        if isinstance(self.engine, Talking):
+            self.engine.peer_up()
+
+    def engine_word(self, message: EngineWord) -> None:
+        """The other host's engine talks to this one's."""
+        if isinstance(self.engine, Talking):
+            self.engine.heard(message.word, message.number, message.detail)
 
     def link_down(self) -> None:
         """The session is over; whether the other host is lost, the heartbeats tell."""

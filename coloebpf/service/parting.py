@@ -15,7 +15,7 @@ from coloebpf.service.engine import Emit, Engine
 from coloebpf.service.machine import REPLICATED, Trigger
 from coloebpf.service.pair import Outside, Supervisor
 from coloebpf.service.peer import messages
-from coloebpf.service.peer.messages import Message, PairNote, Prepared, StateNote
+from coloebpf.service.peer.messages import EngineWord, Message, PairNote, Prepared, StateNote
 
 DISMISS_S = 1.0  # for the secondary's answer: one write into a map and a message, or its host is in trouble
 DISMISSED = 1  # what a dismissal waits for
@@ -62,6 +62,8 @@ class Parting(Supervisor):
                 self.consider()
             case Prepared():
                 self.prepared(message.request)
+            case EngineWord():
+                self.engine_word(message)
 
     def peer_says(self, state: State, live: bool) -> None:
         """See Supervisor."""

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from coloebpf.errors import EngineError, PairError
 from coloebpf.model import State
 from coloebpf.service.arbiters.base import Grant
-from coloebpf.service.engine import DomainGone, EngineEvent, Failed, Ready
+from coloebpf.service.engine import DomainGone, EngineEvent, Failed, Ready, Replacing
 from coloebpf.service.machine import REPLICATED, Trigger
 from coloebpf.service.pair import Supervisor
 from coloebpf.service.peer import messages
-from coloebpf.service.peer.messages import Message, PairNote, Prepare, Prepared, StateNote
+from coloebpf.service.peer.messages import EngineWord, Message, PairNote, Prepare, Prepared, StateNote
 
 FOLLOWING = (State.SYNCING, *REPLICATED)
 
@@ -51,6 +51,8 @@ class Secondary(Supervisor):
                 self._prepared = False
                 synced = self.machine.state is State.SYNCING
                 self.go(Trigger.SYNCED if synced else Trigger.COMMITTED, "this host has the whole state")
+            case EngineWord():
+                self.engine_word(message)
 
     def peer_says(self, state: State, live: bool) -> None:
         """See Supervisor. A primary that was halted as a replica's primary has given its right to this host."""
@@ -114,6 +116,8 @@ class Secondary(Supervisor):
         match event:
             case Ready():
                 self.engine_ready = True
+            case Replacing():
+                self._prepared = self._clear("the SVM's next copy takes its place")
             case DomainGone():
                 self.engine_ready = False
                 if self.machine.can(Trigger.LEASE_LOST):

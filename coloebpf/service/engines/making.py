@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
-from coloebpf.control import PairState
+from coloebpf.control import Control, PairState
 from coloebpf.errors import NotifyError
-from coloebpf.model import State
-from coloebpf.service.config import PairConfig
+from coloebpf.model import Role, State
+from coloebpf.service.config import PairConfig, QemuConfig
 from coloebpf.service.engine import Emit, Engine
 from coloebpf.service.engines import xl
 from coloebpf.service.engines.libxl_colo import LibxlColoEngine, kept_name
 from coloebpf.service.engines.model import ModelEngine
+from coloebpf.service.engines.qemu_primary import QemuPrimary
+from coloebpf.service.engines.qemu_secondary import QemuSecondary
+from coloebpf.service.engines.qemu_vms import Vms
 from coloebpf.service.fdstore import Kept, Notifier
 from coloebpf.service.log import say
+from coloebpf.service.peer.messages import EngineWord, Message
+from coloebpf.vifs import Vifs
 
 log = logging.getLogger("coloebpf.engines")
 
 
-def make(pair: PairConfig, notifier: Notifier, emit: Emit) -> Engine:
-    """The engine, not started."""
+def make(
+    pair: PairConfig, notifier: Notifier, control: Control, send: Callable[[Message], object], emit: Emit
+) -> Engine:
+    """The engine, not started. `send`: to the other host's service."""
+    if pair.qemu is not None and pair.engine == "qemu":
+        return _qemu(pair, pair.qemu, control, send, emit)
     if pair.libxl_colo is not None and pair.engine == "libxl-colo":
         alive = partial(xl.domain_alive, pair.libxl_colo.domain)
         return LibxlColoEngine(pair.name, pair.role, pair.libxl_colo.listen, emit, alive, notifier)
     return ModelEngine(emit, pair.model.commit_delay_ms / 1000, pair.model.socket, copies=pair.model.copies)
+
+
+def _qemu(
+    pair: PairConfig, qemu: QemuConfig, control: Control, send: Callable[[Message], object], emit: Emit
+) -> Engine:
+    def tell(word: str, number: int, detail: str) -> None:
+        send(EngineWord(pair.number, word, number, detail))
+
+    if pair.role is Role.PRIMARY:
+        return QemuPrimary(Vms.of(pair, qemu), emit, tell, lambda: control.state(pair.number).state)
+    nics = tuple(nic.number for nic in pair.nics)
+    vifs = Vifs(control, pair.number, nics)
+    return QemuSecondary(nics, Vms.of(pair, qemu), vifs, emit, tell, lambda: control.state(pair.number))
 
 
 def reconfigure(engine: Engine, pair: PairConfig) -> None:

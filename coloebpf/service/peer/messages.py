@@ -173,6 +173,17 @@ class Resumed:
 
 
 @dataclass(frozen=True)
+class EngineWord:
+    """From one engine to the other (engine.Talking)."""
+
+    TYPE: ClassVar[str] = "engine"
+    pair: int = field(metadata=_by(_PAIR))
+    word: str = field(metadata=_by(_name))
+    number: int = field(metadata=_by(_integer(U32)))
+    detail: str = field(metadata=_by(_text(MAX_REASON)))
+
+
+@dataclass(frozen=True)
 class StateNote:
     """The sender's side of the pair has a new state."""
 
@@ -228,6 +239,7 @@ Message = (
     | Suspended
     | Committed
     | Resumed
+    | EngineWord
     | StateNote
     | Restarting
     | Patience

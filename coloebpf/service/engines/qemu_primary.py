@@ -1,0 +1,379 @@
+"""Engine qemu on the primary: the PVM's memory goes by live migration into standbys on the other host, one by one.
+
+The order of a checkpoint, and who does what: docs/qemu.md. The PVM is stopped by QEMU itself at the end of a migration,
+so that it goes on by itself if that breaks, also when nobody is here to tell it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from coloebpf.errors import EngineError
+from coloebpf.model import State
+from coloebpf.service.engine import (
+    Committed,
+    DomainGone,
+    Emit,
+    EngineEvent,
+    Failed,
+    Ready,
+    Say,
+    SecondaryGone,
+    Suspended,
+)
+from coloebpf.service.engines.qemu_filling import MIB, RUNNING, Filling, progress
+from coloebpf.service.engines.qemu_relay import Relay
+from coloebpf.service.engines.qemu_vms import Vms
+from coloebpf.service.engines.qmp import Qmp
+from coloebpf.service.log import say
+
+WANTED = (State.SYNCING, State.LOCKSTEP, State.CHECKPOINTING)
+TEND_S = 0.1
+ASK_S = 1.0  # between two questions for a standby
+CONNECT_S = 2.0
+SWITCH_S = 1.0  # for the secondary: one write into a map
+STOP_S = 2.0  # from the open gate to the PVM's standstill
+MOVE_S = 2.0  # for the PVM's rest to leave QEMU; so long the PVM may stand still
+WHOLE_S = 5.0  # for the standby to load it
+UNDO_S = 1.0
+STOPPED = ("paused", "postmigrate", "finish-migrate")  # what a checkpoint may leave behind
+
+logger = logging.getLogger("coloebpf.qemu")
+
+
+@dataclass(frozen=True)
+class Standby:
+    """What the secondary says of it. `token`: to be sent first, so that nobody else's memory gets in."""
+
+    number: int
+    host: str
+    port: int
+    token: str
+
+
+class Copy:
+    """One standby being filled, and what is heard of it."""
+
+    def __init__(self, standby: Standby) -> None:
+        loop = asyncio.get_running_loop()
+        self.number = standby.number
+        self.standby = standby
+        self.relay: Relay | None = None
+        self.stop, self.moved, self.switched, self.whole = (loop.create_future() for _ in range(4))
+        self.futures: tuple[asyncio.Future[None], ...] = (self.stop, self.moved, self.switched, self.whole)
+
+    def fail(self, reason: str) -> None:
+        """Whoever waits for something of it hears that it won't come."""
+        for future in self.futures:
+            if not future.done():
+                future.set_exception(EngineError(reason))
+                future.exception()  # nobody need look at it
+
+    @staticmethod
+    def came(future: asyncio.Future[None]) -> None:
+        """It has happened."""
+        if not future.done():
+            future.set_result(None)
+
+
+class QemuPrimary:
+    """See coloebpf.service.engine.Engine. `state`: the pair's, as the dataplane has it."""
+
+    name = "qemu"
+    signals_suspended = True
+    copies = True
+
+    def __init__(self, vms: Vms, emit: Emit, tell: Say, state: Callable[[], State]) -> None:
+        self._vms, self._emit_to, self._say_to, self._state = vms, emit, tell, state
+        self._pace = vms.config.fill_mib_s * MIB
+        self.pvm: Qmp | None = None
+        self.resumed_s = 0.0  # when the PVM went on last
+        self._standby: Standby | None = None
+        self._copy: Copy | None = None
+        self._requested = False  # a checkpoint is due
+        self._asked = False  # a first one was asked for since the protection began
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._working: asyncio.Task[None] | None = None
+        self._stopped = False
+        self._asked_s = 0.0
+
+    # ---- coloebpf.service.engine.Engine ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Ready follows when the guest's QEMU answers, which may be started later."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._tend()), loop.create_task(self._work())]
+
+    async def request_checkpoint(self) -> None:
+        """See Engine."""
+        if self.pvm is None:
+            raise EngineError(f"the QEMU of {self._vms.name} does not answer")
+        if self._requested:
+            raise EngineError("a checkpoint is under way")
+        await self._check_disks(self.pvm)
+        self._requested = self._asked = True
+        self._wake.set()
+
+    async def failover(self) -> None:
+        """Gives up the secondary; Ready follows, another SVM could be made."""
+        self._requested = self._asked = False
+        self._standby = None
+        await self._give_up("the secondary is given up")
+        if self.pvm is not None:
+            asyncio.get_running_loop().call_soon(self._emit, Ready())
+
+    async def stop(self) -> None:
+        """See Engine. A PVM that stands still goes on."""
+        self._stopped = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.pvm is not None:
+            await self.pvm.close()
+
+    # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
+
+    def heard(self, word: str, number: int, detail: str) -> None:
+        """See Talking."""
+        copy = self._copy if self._copy is not None and self._copy.number == number else None
+        match word:
+            case "standby":
+                host, port, token = detail.split()
+                self._standby = Standby(number, host, int(port), token)
+                if self._copy is not None and copy is None:
+                    self._copy.fail("the secondary has another standby")
+                self._wake.set()
+            case "switched" if copy:
+                copy.came(copy.switched)
+            case "whole" if copy:
+                copy.came(copy.whole)
+            case "lost" if copy:
+                copy.fail(detail)
+                self._wake.set()
+            case "gone":
+                self._emit(SecondaryGone(detail))
+
+    def peer_up(self) -> None:
+        """See Talking."""
+        if self._copy is not None:
+            self._copy.fail("the link was down meanwhile")
+        self._standby = None
+        self._asked_s = 0.0
+        self._wake.set()
+
+    # ---- the PVM ---------------------------------------------------------------------------------------------------
+
+    async def _tend(self) -> None:
+        while True:
+            if self.pvm is None:
+                with contextlib.suppress(EngineError):
+                    await self._connect()
+            wanted = self._state() in WANTED
+            if not wanted and self._asked:
+                self._requested = self._asked = False
+                await self._give_up("the protection has ended")
+            now = asyncio.get_running_loop().time()
+            if wanted and self._standby is None and self._copy is None and now - self._asked_s > ASK_S:
+                self._asked_s = now
+                self._say_to("ask", 0, "")
+            await asyncio.sleep(TEND_S)
+
+    async def _connect(self) -> None:
+        slot = self._vms.guest()
+        path = self._vms.config.qmp if slot is None else self._vms.socket(slot)
+        if not path.exists():
+            return
+        pvm = Qmp(f"the QEMU of {self._vms.name}", self._event, self._gone)
+        await pvm.connect(path)
+        # A service that was killed in the middle of a checkpoint may have left it so. An unprotected guest that stands
+        # still does so by an operator's will.
+        if self._state() is not State.UNPROTECTED:
+            await self._go_on(pvm)
+        self.pvm = pvm
+        self._emit(Ready())
+
+    def _event(self, name: str, data: Mapping[str, Any]) -> None:
+        copy = self._copy
+        if copy is None:
+            return
+        if name == "STOP":
+            copy.came(copy.stop)
+            self._wake.set()
+        elif name == "MIGRATION" and data.get("status") == "completed":
+            copy.came(copy.moved)
+        elif name == "MIGRATION" and data.get("status") in ("failed", "cancelled"):
+            copy.fail(f"the copy to the secondary has {data['status']}")
+            self._wake.set()
+
+    def _gone(self) -> None:
+        pvm, self.pvm = self.pvm, None
+        if pvm is not None:
+            asyncio.get_running_loop().create_task(pvm.close())
+        if self._copy is not None:
+            self._copy.fail("the PVM's QEMU is gone")
+            self._wake.set()
+        self._vms.note_guest(None)
+        self._emit(DomainGone(f"the QEMU of {self._vms.name} is gone"))
+
+    @staticmethod
+    async def _go_on(pvm: Qmp) -> None:
+        if (await pvm.do("query-status"))["status"] in STOPPED:
+            await pvm.do("cont")
+
+    async def _check_disks(self, pvm: Qmp) -> None:
+        """Raises EngineError for a disk that the guest can write: its SVM would have none like it."""
+        for device in await pvm.do("query-block"):
+            medium = device.get("inserted")
+            if medium and not medium.get("ro"):
+                name = device.get("device") or device.get("qdev") or medium.get("node-name")
+                raise EngineError(
+                    f"disk {name} of {self._vms.name} can be written and is not replicated: "
+                    "make it read-only, or keep the guest's data in its memory"
+                )
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if not (self._asked and self.pvm is not None and self._standby is not None):
+                continue
+            standby, self._standby = self._standby, None
+            self._copy = Copy(standby)
+            self._working = asyncio.get_running_loop().create_task(self._make(self._copy, self.pvm))
+            try:
+                await asyncio.wait((self._working,))
+            except asyncio.CancelledError:
+                self._working.cancel()
+                await asyncio.wait((self._working,))
+                raise
+            self._copy = self._working = None
+            self._wake.set()
+
+    async def _make(self, copy: Copy, pvm: Qmp) -> None:
+        try:
+            await self._checkpoint(copy, pvm)
+        except EngineError as e:
+            await self._undo(copy, pvm, str(e))
+            say(logger, logging.WARNING, "a copy came to nothing", pair=self._vms.name, reason=e)
+            if self._requested:
+                self._requested = False
+                self._emit(Failed(str(e)))
+        except asyncio.CancelledError:
+            await self._undo(copy, pvm, "given up")
+            raise
+        finally:
+            if copy.relay is not None:
+                copy.relay.close()
+
+    async def _checkpoint(self, copy: Copy, pvm: Qmp) -> None:
+        copy.relay = relay = await self._reach(copy)
+        filling = Filling(pvm, relay, self._pace)
+        await filling.begin()
+        by_itself = await self._fill(copy, filling)
+        # From the answer on client frames go to the standby, where they wait; the old SVM proves nothing more.
+        self._say_to("switch", copy.number, "")
+        await self._within(copy.switched, SWITCH_S, "the secondary has not switched to the standby")
+        if not by_itself:
+            await filling.finish()
+        relay.open(0)
+        await self._within(copy.stop, STOP_S, "the PVM did not come to a standstill")
+        self._emit(Suspended(requested=self._requested))
+        await self._within(copy.moved, MOVE_S, "the PVM's rest was not moved")
+        relay.let_go()
+        await pvm.do("cont")
+        self.resumed_s = time.monotonic()
+        await self._within(copy.whole, WHOLE_S, "the standby has not got the whole state")
+        self._requested = False
+        self._emit(Committed())
+        self._say_to("go", copy.number, "")
+
+    async def _fill(self, copy: Copy, filling: Filling) -> bool:
+        """Until a checkpoint is wanted, and its copy ready for it: False. True: the PVM stands still already."""
+        pause = 0.0
+        while True:
+            try:
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
+                self._wake.clear()
+            except TimeoutError:
+                pass
+            if copy.switched.done():
+                await copy.switched  # it has failed
+            if copy.stop.done():
+                await copy.stop
+                return True
+            if not (self._requested and filling.ready):
+                pause = await filling.look(self._requested)
+            if self._requested and filling.ready:
+                return False
+
+    async def _reach(self, copy: Copy) -> Relay:
+        """The way into the standby. Raises EngineError."""
+        there = copy.standby
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                loop = asyncio.get_running_loop()
+                family = socket.AF_INET6 if ":" in there.host else socket.AF_INET
+                far = socket.socket(family, socket.SOCK_STREAM)
+                far.setblocking(False)
+                try:
+                    await loop.sock_connect(far, (there.host, there.port))
+                    await loop.sock_sendall(far, there.token.encode())
+                except BaseException:
+                    far.close()
+                    raise
+        except (OSError, TimeoutError) as e:
+            raise EngineError(f"the standby at {there.host}:{there.port} can't be reached: {e or 'no answer'}") from e
+
+        def end(reason: str) -> None:
+            if reason:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(broken, reason)
+
+        def broken(reason: str) -> None:
+            if not copy.moved.done():
+                copy.fail(reason)
+                self._wake.set()
+
+        return Relay(far, self._pace, end)
+
+    async def _within(self, future: asyncio.Future[None], seconds: float, else_: str) -> None:
+        try:
+            await asyncio.wait_for(asyncio.shield(future), seconds)
+        except TimeoutError as e:
+            raise EngineError(f"{else_} in {seconds:g} s") from e
+
+    async def _undo(self, copy: Copy, pvm: Qmp, reason: str) -> None:
+        """The PVM goes on without this copy, whatever has become of it; QEMU itself lets it if its migration breaks."""
+        self._say_to("discard", copy.number, "")
+        if copy.relay is not None:
+            copy.relay.close()
+        try:
+            async with asyncio.timeout(UNDO_S):
+                await pvm.do("migrate_cancel")
+                while (await progress(pvm)).status in (*RUNNING, "cancelling"):
+                    await asyncio.sleep(0.01)
+                await self._go_on(pvm)
+        except (EngineError, TimeoutError) as e:
+            say(logger, logging.WARNING, "the PVM's QEMU does not answer", pair=self._vms.name, error=e, after=reason)
+
+    async def _give_up(self, reason: str) -> None:
+        if self._copy is not None:
+            self._copy.fail(reason)
+        if self._working is not None:
+            self._wake.set()
+            await asyncio.wait((self._working,), timeout=2 * UNDO_S)
+
+    def _emit(self, event: EngineEvent) -> None:
+        if not self._stopped:
+            self._emit_to(event)

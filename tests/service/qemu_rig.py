@@ -1,0 +1,234 @@
+"""Both engines of a pair with real QEMUs under TCG, no network: a dataplane's entry each, and a link that is a queue."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from coloebpf.control import PairState
+from coloebpf.model import State
+from coloebpf.service.config import Address, QemuConfig
+from coloebpf.service.engine import Committed, EngineEvent, Ready, Replacing, Suspended
+from coloebpf.service.engines.qemu_primary import QemuPrimary
+from coloebpf.service.engines.qemu_secondary import QemuSecondary
+from coloebpf.service.engines.qemu_vms import Vm, Vms
+from tests.vm import initramfs
+
+SOON = 30.0  # seconds that anything may take on a busy machine, a boot too
+TAPS = [("tapA",), ("tapB",)]  # by slot; nothing is attached to them here
+INDEX = {"tapA": 11, "tapB": 12}
+INIT = """#!/bin/busybox sh
+/bin/busybox mkdir -p /dev /proc
+/bin/busybox mount -t devtmpfs dev /dev
+i=0
+while :; do i=$((i+1)); echo "tick $i" >/dev/ttyS0; /bin/busybox sleep 0.05; done
+"""
+
+
+def make_initramfs(work_dir: Path) -> Path:
+    """Of a guest that counts on its serial port."""
+    tree = work_dir / "tree"
+    (tree / "bin").mkdir(parents=True)
+    shutil.copy(initramfs.BUSYBOX, tree / "bin/busybox")
+    (tree / "init").write_text(INIT)
+    (tree / "init").chmod(0o755)
+    names = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
+    packed = subprocess.run(
+        ["cpio", "--quiet", "-o", "-H", "newc"], input=names.encode(), cwd=tree, capture_output=True, check=True
+    )
+    archive = work_dir / "guest.cpio"
+    archive.write_bytes(packed.stdout)
+    return archive
+
+
+def command(kernel: initramfs.Kernel, archive: Path) -> tuple[str, ...]:
+    """A guest of 128 MB."""
+    return (
+        "qemu-system-x86_64", "-name", "{name}", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "128M",
+        "-nodefaults", "-no-user-config", "-display", "none", "-kernel", str(kernel.image), "-initrd", str(archive),
+        "-append", "console=ttyS0 quiet panic=-1 mitigations=off", "-serial", "file:{qmp}.serial",
+        "-qmp", "unix:{qmp},server=on,wait=off",
+    )  # fmt: skip
+
+
+class FakeVifs:
+    """What coloebpf.vifs.Vifs does, of one NIC, with the pair's entry in this process."""
+
+    def __init__(self) -> None:
+        self.word = PairState(State.UNPROTECTED, 0)
+        self.vif, self.next_vif, self.next_epoch = INDEX["tapA"], 0, 0
+
+    def offer(self, vifs: Mapping[int, int]) -> None:
+        self.next_vif, self.next_epoch = vifs[0], self.word.epoch + 1
+
+    def withdraw(self) -> None:
+        if self.next_vif and self.word.epoch == self.next_epoch:
+            self.word = PairState(self.word.state, self.word.epoch - 1)
+        self.next_vif = 0
+
+    def settle(self) -> None:
+        if self.next_vif and self.word.epoch >= self.next_epoch:
+            self.vif, self.next_vif = self.next_vif, 0
+
+    def here(self, nic: int) -> int:
+        return self.vif
+
+    @property
+    def now(self) -> int:
+        """Where a client's frame would go."""
+        return self.next_vif if self.next_vif and self.word.epoch >= self.next_epoch else self.vif
+
+    def clear(self) -> None:
+        self.word = PairState(self.word.state, self.word.epoch + 1)
+
+
+class Rig:
+    """`heard`: events of both engines with their times (s), in order. `follows`: the secondary's pair lets it switch."""
+
+    def __init__(self, kernel: initramfs.Kernel, work_dir: Path, port: int) -> None:
+        archive = make_initramfs(work_dir)
+        self.argv = command(kernel, archive)
+        self.dirs = {host: work_dir / host for host in "ab"}
+        self.configs = {
+            host: QemuConfig(
+                qmp=path / "pvm.qmp", command=self.argv, listen=Address("127.0.0.1", port), run_dir=path
+            )
+            for host, path in self.dirs.items()
+        }  # fmt: skip
+        self.state = State.SYNCING  # of the primary's pair
+        self.vifs = FakeVifs()
+        self.vifs.word = PairState(State.SYNCING, 0)
+        self.follows = True
+        self.heard: list[tuple[float, str, EngineEvent]] = []
+        self.news = asyncio.Event()
+        self.said: list[str] = []
+        self.linked = True
+        self.on_word: Callable[[str], None] = lambda word: None
+        self._pvm: subprocess.Popen[bytes] | None = None
+        self.primary = self.make_primary()
+        self.secondary = self.make_secondary()
+
+    # ---- making ----------------------------------------------------------------------------------------------------
+
+    def make_primary(self) -> QemuPrimary:
+        vms = Vms("web", self.configs["a"], TAPS)
+        return QemuPrimary(vms, lambda event: self._hear("a", event), self._to("b"), lambda: self.state)
+
+    def make_secondary(self) -> QemuSecondary:
+        vms = Vms("web", self.configs["b"], TAPS)
+        return QemuSecondary(
+            [0], vms, self.vifs, lambda event: self._hear("b", event), self._to("a"), lambda: self.vifs.word,
+            INDEX.__getitem__,
+        )  # fmt: skip
+
+    async def up(self) -> None:
+        """A booted PVM, both engines started."""
+        for path in self.dirs.values():
+            path.mkdir()
+        qmp = self.configs["a"].qmp
+        argv = [word.replace("{qmp}", str(qmp)).replace("{name}", "web") for word in self.argv]
+        self._pvm = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
+        serial = Path(f"{qmp}.serial")
+        await self.until(lambda: serial.exists() and b"tick 3" in serial.read_bytes(), "the guest to boot")
+        await self.secondary.start()
+        await self.primary.start()
+        await self.until(lambda: ("a", Ready()) in self.events(), "Ready")
+
+    async def down(self) -> None:
+        """Nothing is left."""
+        await self.primary.stop()
+        await self.secondary.stop()
+        if self._pvm is not None:
+            self._pvm.kill()
+            self._pvm.wait()
+        for pid in self.qemus():
+            os.kill(pid, signal.SIGKILL)
+        await self.until(lambda: not self.qemus(), "the QEMUs to end")
+
+    # ---- acting ----------------------------------------------------------------------------------------------------
+
+    async def checkpoint(self) -> tuple[float, float]:
+        """Milliseconds from the request to Committed, and from Suspended to the PVM's going on."""
+        begin, seen = time.monotonic(), len(self.heard)
+        await self.primary.request_checkpoint()
+        await self.until(lambda: any(isinstance(e, Committed) for _, _, e in self.heard[seen:]), "a commit")
+        when = {type(event): at for at, host, event in self.heard[seen:] if host == "a"}
+        assert list(when) == [Suspended, Committed]
+        return (when[Committed] - begin) * 1e3, (self.resumed - when[Suspended]) * 1e3
+
+    async def until(self, there: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + SOON
+        while not there():
+            assert time.monotonic() < end, f"waited in vain for {what}; {self.events()} {self.said[-8:]}"
+            await asyncio.sleep(0.01)
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
+
+    def events(self) -> list[tuple[str, EngineEvent]]:
+        return [(host, event) for _, host, event in self.heard]
+
+    @property
+    def resumed(self) -> float:
+        """When the PVM's QEMU has taken its `cont` last."""
+        return self.primary.resumed_s
+
+    @property
+    def pvm_pid(self) -> int:
+        assert self._pvm is not None
+        return self._pvm.pid
+
+    async def pvm_status(self) -> str:
+        assert self.primary.pvm is not None
+        return str((await self.primary.pvm.do("query-status"))["status"])
+
+    async def status(self, vm: Vm | None) -> str:
+        assert vm is not None
+        return str((await vm.qmp.do("query-status"))["status"])
+
+    def qemus(self) -> list[int]:
+        """Processes of the secondary's host."""
+        mark = str(self.dirs["b"]).encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = path.read_bytes()
+            except OSError:
+                continue
+            if line.startswith(b"qemu-system") and mark in line:
+                found.append(int(path.parent.name))
+        return found
+
+    def svm_ticks(self) -> int:
+        """How far the guest has counted in the SVM that runs."""
+        assert self.secondary.svm is not None
+        serial = self.dirs["b"] / f"web/{self.secondary.svm.slot}.qmp.serial"
+        whole = re.findall(rb"tick (\d+)\s", serial.read_bytes())
+        return int(whole[-1]) if whole else 0
+
+    def _hear(self, host: str, event: EngineEvent) -> None:
+        self.heard.append((time.monotonic(), host, event))
+        if host == "b" and event == Replacing() and self.follows:
+            self.vifs.clear()
+        if host == "a" and event == Suspended():
+            self.state = State.CHECKPOINTING
+        if host == "a" and event == Committed():
+            self.state = State.LOCKSTEP
+            self.vifs.word = PairState(State.LOCKSTEP, self.vifs.word.epoch)
+
+    def _to(self, host: str) -> Callable[[str, int, str], object]:
+        def tell(word: str, number: int, detail: str) -> None:
+            if not self.linked:
+                return
+            self.said.append(f"{host} {word} {number}")
+            self.on_word(word)
+            engine = self.primary if host == "a" else self.secondary
+            asyncio.get_running_loop().call_soon(engine.heard, word, number, detail)
+
+        return tell

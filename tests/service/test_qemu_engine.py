@@ -1,0 +1,65 @@
+"""The engine qemu, both sides with real QEMUs: checkpoints in a row, and what is left when somebody dies in one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import statistics
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.service.qemu_rig import Rig
+from tests.vm import initramfs
+
+pytestmark = pytest.mark.vm
+COUNT = int(os.environ.get("COLOEBPF_CHECKPOINTS", "6"))  # more of them: a measurement
+
+Test = Callable[[Rig], Awaitable[None]]
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Callable[[Test], None]:
+    """Runs a test with a PVM that counts, and both engines."""
+    kernel = initramfs.find_kernel((Path(__file__).resolve().parents[2] / ".cache/vm-kernel", Path("/")))
+    if kernel is None:
+        pytest.skip("no linux-image-cloud-amd64 of Debian 12: run deploy/install-deps.sh test")
+
+    def run(test: Test) -> None:
+        async def all_of_it() -> None:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            rig = Rig(kernel, tmp_path, port)
+            try:
+                await rig.up()
+                await test(rig)
+            finally:
+                await rig.down()
+
+        asyncio.run(all_of_it())
+
+    return run
+
+
+def test_checkpoints_in_a_row(play: Callable[[Test], None]) -> None:
+    """Each standby becomes the SVM, runs once it is committed, and goes on where the PVM was."""
+
+    async def test(rig: Rig) -> None:
+        took = []
+        for _ in range(COUNT):
+            took.append(await rig.checkpoint())
+            await asyncio.sleep(0.2)
+            assert await rig.pvm_status() == "running"
+            svm = rig.secondary.svm
+            assert await rig.status(svm) == "running"
+            assert svm is not None
+            assert rig.vifs.now == rig.vifs.vif == (11, 12)[svm.slot]
+        await rig.until(lambda: rig.svm_ticks() > 3, "the SVM to count where the PVM was")
+        assert len(rig.qemus()) <= 2
+        requests, pauses = zip(*took, strict=True)
+        print(f"request to commit ms: median {statistics.median(requests):.1f}, worst {max(requests):.1f}")
+        print(f"standstill ms: median {statistics.median(pauses):.1f}, worst {max(pauses):.1f}")
+
+    play(test)
