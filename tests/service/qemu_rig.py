@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -13,13 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from coloebpf.control import PairState
+from coloebpf.lab import image
 from coloebpf.model import State
 from coloebpf.service.config import Address, QemuConfig
 from coloebpf.service.engine import Committed, EngineEvent, Ready, Replacing, Suspended
 from coloebpf.service.engines.qemu_primary import QemuPrimary
 from coloebpf.service.engines.qemu_secondary import QemuSecondary
 from coloebpf.service.engines.qemu_vms import Vm, Vms
-from tests.vm import initramfs
 
 SOON = 30.0  # seconds that anything may take on a busy machine, a boot too
 TAPS = [("tapA",), ("tapB",)]  # by slot; nothing is attached to them here
@@ -34,21 +33,13 @@ while :; do i=$((i+1)); echo "tick $i" >/dev/ttyS0; /bin/busybox sleep 0.05; don
 
 def make_initramfs(work_dir: Path) -> Path:
     """Of a guest that counts on its serial port."""
-    tree = work_dir / "tree"
-    (tree / "bin").mkdir(parents=True)
-    shutil.copy(initramfs.BUSYBOX, tree / "bin/busybox")
-    (tree / "init").write_text(INIT)
-    (tree / "init").chmod(0o755)
-    names = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
-    packed = subprocess.run(
-        ["cpio", "--quiet", "-o", "-H", "newc"], input=names.encode(), cwd=tree, capture_output=True, check=True
-    )
-    archive = work_dir / "guest.cpio"
-    archive.write_bytes(packed.stdout)
+    init, archive = work_dir / "guest.init", work_dir / "guest.cpio"
+    init.write_text(INIT)
+    image.pack({"init": init, "bin/busybox": image.BUSYBOX}, archive)
     return archive
 
 
-def command(kernel: initramfs.Kernel, archive: Path) -> tuple[str, ...]:
+def command(kernel: image.Kernel, archive: Path) -> tuple[str, ...]:
     """A guest of 128 MB."""
     return (
         "qemu-system-x86_64", "-name", "{name}", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "128M",
@@ -92,7 +83,7 @@ class FakeVifs:
 class Rig:
     """`heard`: events of both engines with their times (s), in order. `follows`: the secondary's pair lets it switch."""
 
-    def __init__(self, kernel: initramfs.Kernel, work_dir: Path, port: int) -> None:
+    def __init__(self, kernel: image.Kernel, work_dir: Path, port: int) -> None:
         archive = make_initramfs(work_dir)
         self.argv = command(kernel, archive)
         self.dirs = {host: work_dir / host for host in "ab"}

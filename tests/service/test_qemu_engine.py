@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from coloebpf.lab import image
 from tests.service.qemu_rig import Rig
-from tests.vm import initramfs
 
 pytestmark = pytest.mark.vm
 COUNT = int(os.environ.get("COLOEBPF_CHECKPOINTS", "6"))  # more of them: a measurement
@@ -23,7 +23,7 @@ Test = Callable[[Rig], Awaitable[None]]
 @pytest.fixture
 def play(tmp_path: Path) -> Callable[[Test], None]:
     """Runs a test with a PVM that counts, and both engines."""
-    kernel = initramfs.find_kernel((Path(__file__).resolve().parents[2] / ".cache/vm-kernel", Path("/")))
+    kernel = image.find_kernel()
     if kernel is None:
         pytest.skip("no linux-image-cloud-amd64 of Debian 12: run deploy/install-deps.sh test")
 
