@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from coloebpf import bpfsys
 from coloebpf.dataplane import Sizes
 from coloebpf.lab import commands, hosts
 from coloebpf.lab.commands import BringUp
-from coloebpf.lab.plan import LabPlan
+from coloebpf.lab.plan import NODES, LabPlan
 from coloebpf.netns import inside
 from tests.bench.errors import BenchError
 from tests.bench.feeder import Ports
@@ -86,6 +87,18 @@ class BenchLab:
         nic = self.plan.nic_list()[0]
         with inside(self.plan.namespace(host)):
             return {"vif": socket.if_nametoindex(nic.vif), "fwd": socket.if_nametoindex(nic.fwd)}
+
+    def dropped(self) -> Mapping[str, int]:
+        """Frames that the kernel dropped since the lab is there, by device and direction: what no program has seen or sent. Zeros left out."""
+        found = {}
+        for node in NODES:
+            with inside(self.plan.namespace(node)):
+                links = json.loads(_command("ip", "-json", "-statistics", "link"))
+            for link in links:
+                for way, count in ((way, link["stats64"][way]["dropped"]) for way in ("rx", "tx")):
+                    if count:
+                        found[f"{node} {link['ifname']} {way}"] = count
+        return found
 
     @property
     def steering(self) -> str:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.lab
 
 PACKETS = int(os.environ.get("COLO_STRESS_PACKETS", "3_000_000"))
 ROUND_S = 4.0  # of one mix of flows, sizes and leads
+WINDOW = 240  # frames not released yet: fewer than the 256 that veth's ring has, which drops what comes while softirq waits for a CPU
 SEED = int(os.environ.get("COLO_STRESS_SEED", str(time.time_ns() & 0xFFFFFFFF)))
 
 
@@ -39,8 +40,9 @@ def test_two_cpus_random_leads(tmp_path: Path) -> None:
             order = Order(
                 "random", dice.choice((1, -1)) * batch * dice.choice((1, 2, 5, 12)) if dice.random() < 0.8 else 0, batch
             )
-            run = feeder.closed(ports, work, order, seconds=ROUND_S, window=320, two_threads=dice.random() < 0.8)
-            what = f"seed {SEED}, after {sent:,} packets: {work}, {order}: {dict(run.counts)}"
+            run = feeder.closed(ports, work, order, seconds=ROUND_S, window=WINDOW, two_threads=dice.random() < 0.8)
+            what = f"seed {SEED}, after {sent:,} packets: {work}, {order}: {dict(run.counts)}; dropped by devices: {lab.dropped()}"
+            assert not lab.dropped(), f"the machine lost frames, not the dataplane; {what}"
             assert not run.counts["lost"], what
             assert not run.counts["duplicates"], what
             assert not run.counts["reordered"], what
