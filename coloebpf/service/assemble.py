@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
@@ -48,6 +49,7 @@ from coloebpf.service.primary import Primary
 from coloebpf.service.records import MapReader
 from coloebpf.service.report import Reporter
 from coloebpf.service.secondary import Secondary
+from coloebpf.vifs import Vifs
 
 log = logging.getLogger("coloebpf.service")
 
@@ -218,8 +220,9 @@ class Service:
     async def _announce_nic(self, pair: PairConfig, nic: NicConfig) -> None:
         assert self._book is not None
         try:
-            await announce(nic.vif, nic.mac, partial(self._book.addresses, nic.number))
-        except AnnounceError as e:
+            vif = socket.if_indextoname(Vifs(self.control, pair.number, (nic.number,)).here(nic.number))
+            await announce(vif, nic.mac, partial(self._book.addresses, nic.number))
+        except (AnnounceError, OSError) as e:
             say(log, logging.ERROR, "the guest's new place is not announced", pair=pair.name, nic=nic.number, error=e)
 
     # ---- the other host ----------------------------------------------------------------------------------------------

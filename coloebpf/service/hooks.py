@@ -137,5 +137,7 @@ def take_down(config: Config) -> bool:
             state = control.state(pair.number).state
             if state not in (State.UNPROTECTED, State.PASSTHROUGH):
                 raise ServiceError(f"pair {pair.name} is {state.name.lower()}: coloebpf unprotect {pair.name} first")
-    detach(config.host.pins, [device for pair in config.pairs for nic in pair.nics for device in (nic.vif, nic.fwd)])
+    nics = [nic for pair in config.pairs for nic in pair.nics]
+    devices = [device for nic in nics for device in (nic.vif, nic.standby_vif, nic.fwd) if device]
+    detach(config.host.pins, devices)
     return True

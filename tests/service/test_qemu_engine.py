@@ -48,9 +48,11 @@ def test_checkpoints_in_a_row(play: Callable[[Test], None]) -> None:
 
     async def test(rig: Rig) -> None:
         took = []
-        for _ in range(COUNT):
+        for number in range(COUNT):
+            if number:
+                await rig.until(lambda: rig.primary.filled, "the next copy")
             took.append(await rig.checkpoint())
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
             assert await rig.pvm_status() == "running"
             svm = rig.secondary.svm
             assert await rig.status(svm) == "running"
@@ -58,7 +60,7 @@ def test_checkpoints_in_a_row(play: Callable[[Test], None]) -> None:
             assert rig.vifs.now == rig.vifs.vif == (11, 12)[svm.slot]
         await rig.until(lambda: rig.svm_ticks() > 3, "the SVM to count where the PVM was")
         assert len(rig.qemus()) <= 2
-        requests, pauses = zip(*took, strict=True)
+        requests, pauses = zip(*took[1:], strict=True)  # the first one copies all of the memory
         print(f"request to commit ms: median {statistics.median(requests):.1f}, worst {max(requests):.1f}")
         print(f"standstill ms: median {statistics.median(pauses):.1f}, worst {max(pauses):.1f}")
 

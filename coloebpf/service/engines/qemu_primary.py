@@ -66,6 +66,7 @@ class Copy:
         self.number = standby.number
         self.standby = standby
         self.relay: Relay | None = None
+        self.filling: Filling | None = None
         self.stop, self.moved, self.switched, self.whole = (loop.create_future() for _ in range(4))
         self.futures: tuple[asyncio.Future[None], ...] = (self.stop, self.moved, self.switched, self.whole)
 
@@ -138,6 +139,11 @@ class QemuPrimary:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.pvm is not None:
             await self.pvm.close()
+
+    @property
+    def filled(self) -> bool:
+        """A checkpoint that is asked for now need not wait for the copy of the memory."""
+        return self._copy is not None and self._copy.filling is not None and self._copy.filling.ready
 
     # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
 
@@ -277,7 +283,7 @@ class QemuPrimary:
 
     async def _checkpoint(self, copy: Copy, pvm: Qmp) -> None:
         copy.relay = relay = await self._reach(copy)
-        filling = Filling(pvm, relay, self._pace)
+        copy.filling = filling = Filling(pvm, relay, self._pace)
         await filling.begin()
         by_itself = await self._fill(copy, filling)
         # From the answer on client frames go to the standby, where they wait; the old SVM proves nothing more.
