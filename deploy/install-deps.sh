@@ -6,7 +6,7 @@ repo=$(cd "$(dirname "$0")/.." && pwd)
 
 # What runs coloebpf and its lab.
 packages=(python3-bpfcc python3-cryptography linux-headers-amd64 bpftool iproute2 ethtool python3-venv python3-pip procps kmod
-          redis-server redis-tools qemu-system-x86 busybox-static cpio)
+          redis-server redis-tools qemu-system-x86 busybox-static cpio dropbear-bin)
 # What the tests and benchmarks drive on top of it.
 test_packages=(qemu-system-common gcc libc6-dev nginx-light curl iperf3 nftables tcpdump
                prometheus etcd-server systemd)

@@ -17,7 +17,7 @@ from coloebpf.lab.loaders import INTERRUPTIONS, held_back
 from coloebpf.lab.plan import GUESTS, HOSTS, PAIR, LabPlan
 from coloebpf.netns import inside
 
-BringUp = Callable[[LabPlan], None]
+BringUp = Callable[[LabPlan], object]
 Snapshot = Callable[[LabPlan, str], dict[str, Any]]
 Service = Callable[[LabPlan, str], dict[str, Any] | None]
 

@@ -2,7 +2,7 @@
 # Process 1 of a lab's virtual machine (coloebpf/lab/image.py). The kernel's command line has its addresses, which are
 # then variables here: COLO_NICS="10.77.0.10/24,fd77::10/64 10.77.1.10/24,..." with one word for each NIC, and COLO_MTU.
 export PATH=/bin
-/bin/busybox mkdir -p /proc /sys /dev /tmp /root
+/bin/busybox mkdir -p /proc /sys /dev /tmp /root /var/run /var/log
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -37,9 +37,18 @@ for nic in $(echo "$COLO_NICS" | tr ';' ' '); do
     number=$((number + 1))
 done
 
+mkdir -p /dev/pts
+mount -t devpts devpts /dev/pts
+echo 'root::0:0:root:/root:/bin/sh' >/etc/passwd
+echo '/bin/sh' >/etc/shells
+chmod 700 /root /root/.ssh
+# With a key only; -E: what it says goes to the console.
+dropbear -s -E -r /etc/dropbear/dropbear_ed25519_host_key 2>/dev/console
+
 echo "guest: up after $(cut -d ' ' -f 1 /proc/uptime) s" >/dev/console
 # Nothing that writes files, one thread, and few ticks: what a replica does by its own clock dirties memory.
 redis-server --bind '*' '-::*' --protected-mode no --save '' --appendonly no --io-threads 1 --hz 1 --dynamic-hz no \
-    --activerehashing no >/dev/console 2>&1 </dev/null
+    --activerehashing no --tls-port 6380 --tls-ca-cert-file /etc/redis/ca.pem --tls-cert-file /etc/redis/server.pem \
+    --tls-key-file /etc/redis/server.key --tls-auth-clients no >/dev/console 2>&1 </dev/null
 echo "guest: redis ended with $?" >/dev/console
 poweroff -f

@@ -147,12 +147,17 @@ class History:
         """Connections that ended, with the reason."""
         return [f"client {c.number}: {c.record.broken}" for c in self.clients if c.record.broken]
 
-    @property
-    def longest_s(self) -> float:
-        """The longest time that any client waited from one answer to the next, also for one that hasn't come yet."""
+    def gap(self) -> float:
+        """The longest time, since this was asked last, from one answer of a client to the next; seconds.
+
+        Also to one that has not come yet.
+        """
         now = time.monotonic()
-        waiting = [now - c.record.last for c in self.clients if c.is_alive()]
-        return max([client.record.longest_s for client in self.clients] + waiting)
+        gaps = [now - client.record.last for client in self.clients if client.is_alive()]
+        for client in self.clients:
+            gaps.append(client.record.longest_s)
+            client.record.longest_s = 0.0
+        return max(gaps)
 
     def latencies(self) -> list[float]:
         """Of all requests, in seconds, sorted."""
@@ -160,6 +165,12 @@ class History:
 
     def check(self) -> list[str]:
         """Everything that is wrong, after finish(): asks the server for what it has now."""
+        try:
+            return self._check()
+        except (OSError, ColoError) as e:
+            return [f"the server can't be asked for what it has: {e}"]
+
+    def _check(self) -> list[str]:
         connection = self._connect()
         operations = [operation for client in self.clients for operation in client.record.operations]
         found = [wrong for client in self.clients for wrong in client.record.wrong]

@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from coloebpf.errors import LabError, PreflightError
+from coloebpf.service.peer import pki
 from coloebpf.source import BPF_DIR
 
 KERNEL_ROOTS = (BPF_DIR.parent / ".cache/vm-kernel", Path("/"))
@@ -32,7 +34,18 @@ VIRTIO = (
     "drivers/virtio/virtio_pci.ko",
 )
 NETWORK = ("net/core/failover.ko", "drivers/net/net_failover.ko", "drivers/net/virtio_net.ko")
-SERVERS = ("redis-server",)
+SERVERS = ("redis-server", "dropbear")
+# What the guest is known by, and who may log in: made once, the same for all labs of this machine.
+KEYS = "guest-keys"
+HOST_KEY, CLIENT_KEY, AUTHORIZED = "ssh-host", "ssh-client", "authorized_keys"
+TLS_NAME = "guest"  # in the server's certificate
+IN_GUEST = {  # file of KEYS -> its place in the guest
+    HOST_KEY: "etc/dropbear/dropbear_ed25519_host_key",
+    AUTHORIZED: "root/.ssh/authorized_keys",
+    "ca.pem": "etc/redis/ca.pem",
+    f"{TLS_NAME}.pem": "etc/redis/server.pem",
+    f"{TLS_NAME}.key": "etc/redis/server.key",
+}
 
 _LIBRARY = re.compile(r"(?:=>\s*)?(/\S+) \(0x")  # of ldd's output
 
@@ -92,17 +105,45 @@ def of_guest(cache: Path = CACHE) -> tuple[Kernel, Path]:
     files = {"init": INIT, "bin/busybox": BUSYBOX, **modules(kernel, VIRTIO + NETWORK)}
     for server in SERVERS:
         files |= _program(server)
+    secrets = keys(cache)
+    files |= {place: secrets / name for name, place in IN_GUEST.items()}
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     target = cache / f"guest-{digest.hexdigest()[:16]}.cpio"
     if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         pack(files, target)
         for old in cache.glob("guest-*.cpio"):
             if old != target:
                 old.unlink(missing_ok=True)
     return kernel, target
+
+
+def keys(cache: Path = CACHE) -> Path:
+    """The directory with the guest's keys, and with the client's (CLIENT_KEY, ca.pem); made if need be."""
+    directory = cache / KEYS
+    if directory.exists():
+        return directory
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as draft:
+        made = Path(draft) / KEYS
+        made.mkdir(mode=0o700)
+        pki.init_pki(made, [TLS_NAME])
+        _ssh_key(made / HOST_KEY)
+        (made / AUTHORIZED).write_text(_ssh_key(made / CLIENT_KEY))
+        with suppress(OSError):  # another lab was faster: its keys do
+            made.rename(directory)
+    return directory
+
+
+def _ssh_key(path: Path) -> str:
+    """Makes a key of dropbear's; returns its public half, a line of authorized_keys."""
+    command = ["dropbearkey", "-t", "ed25519", "-f", str(path)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in made.stdout.splitlines() if line.startswith("ssh-")]
+    if made.returncode or not lines:
+        raise LabError(f"dropbearkey makes no key: {made.stderr.strip()}")
+    return lines[0] + "\n"
 
 
 def _program(name: str) -> dict[str, Path]:

@@ -21,7 +21,10 @@ CONSOLE = "console.log"
 
 
 def command(plan: LabPlan, qmp: str, taps: list[str], console: str, extra: tuple[str, ...] = ()) -> list[str]:
-    """A machine's command line. The two machines of a pair are told the same but for QMP socket, taps and console."""
+    """A machine's command line. The two machines of a pair are told the same but for QMP socket, taps and console.
+
+    The engine has the monitor at `qmp`; the one beside it, `<qmp>.lab`, is for whoever looks on (pauses.py).
+    """
     kernel, initramfs = image.of_guest()
     nics = ";".join(f"{nic.guest_v4}/24,{nic.guest_v6}/64" for nic in plan.nic_list())
     words = [
@@ -31,7 +34,8 @@ def command(plan: LabPlan, qmp: str, taps: list[str], console: str, extra: tuple
         # panic=-1 with -no-reboot: a panic ends the machine at once. Mitigations only cost time under emulation.
         "-append",
         f"console=ttyS0 quiet panic=-1 oops=panic mitigations=off COLO_MTU={plan.mtu} COLO_NICS={nics}",
-        *("-qmp", f"unix:{qmp},server=on,wait=off", "-serial", f"file:{console}"),
+        *("-qmp", f"unix:{qmp},server=on,wait=off", "-qmp", f"unix:{qmp}.lab,server=on,wait=off"),
+        *("-serial", f"file:{console}"),
     ]
     for nic, tap in zip(plan.nic_list(), taps, strict=True):
         words += ["-netdev", f"tap,id=net{nic.nic},ifname={tap},script=no,downscript=no,vhost=off"]
@@ -44,9 +48,15 @@ def home(plan: LabPlan, guest: str) -> Path:
     return plan.run_dir / guest
 
 
-def qmp_socket(plan: LabPlan, guest: str) -> Path:
+def qmp_socket(plan: LabPlan, guest: str = GUESTS[0]) -> Path:
     """Of the machine that the lab itself has started."""
     return home(plan, guest) / "qmp.sock"
+
+
+def monitor(plan: LabPlan, guest: str = GUESTS[0]) -> Path:
+    """The one for whoever looks on."""
+    path = qmp_socket(plan, guest)
+    return path.with_name(path.name + ".lab")
 
 
 def start(plan: LabPlan, guest: str = GUESTS[0], host: str = HOSTS[0]) -> subprocess.Popen[bytes]:
@@ -56,7 +66,7 @@ def start(plan: LabPlan, guest: str = GUESTS[0], host: str = HOSTS[0]) -> subpro
     argv = command(
         plan,
         str(qmp_socket(plan, guest)),
-        [tap.device for tap in plan.taps() if tap.node == host],
+        [nic.vif for nic in plan.nic_list()],
         str(directory / CONSOLE),
     )
     with inside(plan.namespace(host)), open(directory / "qemu.log", "wb") as log:

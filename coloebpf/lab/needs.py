@@ -15,6 +15,7 @@ VIRTUAL = {
     "redis-server": "redis-server",
     "busybox": "busybox-static",
     "cpio": "cpio",
+    "dropbear": "dropbear-bin",
 }
 
 

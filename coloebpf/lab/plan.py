@@ -52,12 +52,16 @@ class Link:
 
 @dataclass(frozen=True)
 class Nic:
-    """One NIC of the guest, with the device that it is on each host and the addresses of its subnet."""
+    """One NIC of the guest, with the device that it is on each host and the addresses of its subnet.
+
+    `standby_vif`: the other one that a guest of virtual machines takes in turn; "" for other guests.
+    """
 
     nic: int
     guest_device: str
     mac: str
     vif: str
+    standby_vif: str
     fwd: str
     vlan: int
     client_v4: str
@@ -140,6 +144,7 @@ class LabPlan:
             guest_device=f"eth{number}",
             mac=f"02:c0:10:00:00:{number:02x}",
             vif=f"vif1.{number}",
+            standby_vif=f"vif2.{number}" if self.virtual else "",
             fwd="fwd0" if self.vlan else f"fwd{number}",
             vlan=FIRST_VLAN + number if self.vlan else 0,
             client_v4=f"10.77.{number}.1",
@@ -163,8 +168,8 @@ class LabPlan:
         """(node, device) of every port of a bridge."""
         ports = [("lan", node) for node in ("client", *HOSTS)]
         for host in HOSTS:
-            ports += [(host, "eth0"), *((host, nic.vif) for nic in self.nic_list())]
-        return ports
+            ports += [(host, "eth0"), *((host, nic.vif) for nic in self.nic_list() if not self.virtual)]
+        return ports + [(tap.node, tap.device) for tap in self.taps()]
 
     def links(self) -> list[Link]:
         """Every veth pair: to the switch, from hosts to guests, and the forward links."""
@@ -182,10 +187,11 @@ class LabPlan:
         return lan + vifs + self._management() + self._forward_links()
 
     def taps(self) -> list[End]:
-        """The hosts' devices of virtual machines."""
+        """The hosts' devices of virtual machines, two for each NIC."""
         if not self.virtual:
             return []
-        return [End(host, nic.vif, VIF_MAC) for host in HOSTS for nic in self.nic_list()]
+        vifs = [vif for nic in self.nic_list() for vif in (nic.vif, nic.standby_vif)]
+        return [End(host, vif, VIF_MAC) for host in HOSTS for vif in vifs]
 
     def _management(self) -> list[Link]:
         if not self.service:

@@ -15,6 +15,8 @@ from coloebpf.netns import inside
 PORT = 6379
 CLIENTS = 50
 START_TIMEOUT = 5.0  # seconds for a server to listen
+# TIME in a form that has always the same length: nothing copies a process, so its stream must fit the other's.
+CLOCK = "local t = redis.call('TIME') return string.format('%010d.%06d', t[1], t[2])"
 NIL = b"-1"  # the answer for a key without a value
 ANSWER_TIMEOUT = 5.0  # seconds for a single answer, several TCP retransmissions
 # Nothing that writes files, and one thread, so that replicas differ in nothing but what they are told.

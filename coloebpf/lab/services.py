@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coloebpf import tuning
+from coloebpf.detaching import detach
 from coloebpf.errors import LabError, NoServiceError, ServiceError
 from coloebpf.lab import hosts, machine
 from coloebpf.lab.plan import HOSTS, MANAGEMENT, PAIR, LabPlan
@@ -24,12 +25,16 @@ from coloebpf.service.peer import pki
 
 PAIR_NAME = "guest"
 PORT = 7788  # of the services' link
+COPY_PORT = 7790  # where the guest's memory is taken
 START_TIMEOUT = 120.0  # seconds; two compiles on a busy machine
 NICENESS = -10  # as the systemd unit has it
 LOG = "service.log"
 
 
-def bring_up(plan: LabPlan, protected: bool = True) -> None:
+Running = dict[str, subprocess.Popen[bytes]]  # the services, by host
+
+
+def bring_up(plan: LabPlan, protected: bool = True) -> Running:
     """Start both services and, if it is to be `protected`, put the pair in lock-step."""
     # The number is the machine's, and a lab's namespace doesn't show it.
     tuning.raise_backlog(2 * Sizes.of_mtu(plan.mtu).slots, first="/proc/thread-self/ns/net")
@@ -45,19 +50,26 @@ def bring_up(plan: LabPlan, protected: bool = True) -> None:
     ready(plan, running)
     if protected:
         protect(plan, running)
+    return running
 
 
-def ready(plan: LabPlan, running: Mapping[str, subprocess.Popen[bytes]]) -> None:
+def ready(plan: LabPlan, running: Running) -> None:
     """Returns when both services have found each other."""
     for host, process in running.items():
         _wait(plan, host, process, _ready)
 
 
-def protect(plan: LabPlan, running: Mapping[str, subprocess.Popen[bytes]]) -> None:
+def protect(plan: LabPlan, running: Running, primary: str = HOSTS[0]) -> None:
     """Begin lock-step as soon as both services have found each other."""
     ready(plan, running)
-    client_of(plan, "primary", "protect", client.ORDER_S, pair=PAIR_NAME)
-    _wait(plan, "secondary", running["secondary"], lambda service: service["pairs"][0]["state"] == "lockstep")
+    client_of(plan, primary, "protect", client.ORDER_S, pair=PAIR_NAME)
+    secondary = other(primary)
+    _wait(plan, secondary, running[secondary], lambda service: service["pairs"][0]["state"] == "lockstep")
+
+
+def other(host: str) -> str:
+    """The host that `host` is wired to."""
+    return HOSTS[1 - HOSTS.index(host)]
 
 
 def engine_socket(plan: LabPlan, host: str) -> Path:
@@ -81,16 +93,21 @@ def directory(plan: LabPlan, host: str) -> Path:
     return plan.run_dir / host
 
 
-def configure(plan: LabPlan, host: str, changes: str = "", peer_changes: str = "", pair_changes: str = "") -> Path:
-    """Write a host's configuration; returns its path. Keys added by the caller must be none of those here."""
-    home, other = directory(plan, host), HOSTS[1 - HOSTS.index(host)]
+def configure(
+    plan: LabPlan, host: str, changes: str = "", peer_changes: str = "", pair_changes: str = "", primary: str = HOSTS[0]
+) -> Path:
+    """Write a host's configuration; returns its path. Keys added by the caller must be none of those here.
+
+    `primary`: the host that has the guest.
+    """
+    home, peer = directory(plan, host), other(host)
     home.mkdir(exist_ok=True)
     pki_dir = plan.run_dir / "pki"
     lines = [
         *("[host]", f'name = "{host}"', f'control_socket = "{home}/control.sock"', f'pins = "{plan.pin_dir(host)}"'),
         *(f"mtu = {plan.mtu}", changes),
-        *("[peer]", f'name = "{other}"', f'listen = "{MANAGEMENT[host]}:{PORT}"'),
-        *(f'connect = "{MANAGEMENT[other]}:{PORT}"', f'ca = "{pki_dir}/ca.pem"'),
+        *("[peer]", f'name = "{peer}"', f'listen = "{MANAGEMENT[host]}:{PORT}"'),
+        *(f'connect = "{MANAGEMENT[peer]}:{PORT}"', f'ca = "{pki_dir}/ca.pem"'),
         *(f'certificate = "{pki_dir}/{host}.pem"', f'key = "{pki_dir}/{host}.key"'),
         *(
             f"heartbeat_interval_ms = {min(50, plan.peer_timeout_ms // 4)}",
@@ -99,25 +116,43 @@ def configure(plan: LabPlan, host: str, changes: str = "", peer_changes: str = "
         peer_changes,
     ]
     if plan.arbiter == "command":
-        lines += ["[arbiter.command]", f'fence = ["{switch_of(plan, other)}"]']
+        lines += ["[arbiter.command]", f'fence = ["{switch_of(plan, peer)}"]']
     lines += [
-        *("[[pair]]", f'name = "{PAIR_NAME}"', f"number = {PAIR}", f'role = "{host}"', 'engine = "model"'),
-        *(f'arbiter = "{plan.arbiter}"', pair_changes),
-        "[pair.model]",
-        f'socket = "{engine_socket(plan, host)}"',
+        *("[[pair]]", f'name = "{PAIR_NAME}"', f"number = {PAIR}"),
+        *(f'role = "{"primary" if host == primary else "secondary"}"', f'arbiter = "{plan.arbiter}"', pair_changes),
+        *(_qemu(plan, host) if plan.virtual else _model(plan, host)),
     ]
-    if plan.guests == "process":
-        # A process can't be copied: it keeps its connections' numbers, and what it knows. What it says while a
-        # checkpoint is under way is lost, where a copied VM would say it again; so that takes no time.
-        lines += ["copies = false", "commit_delay_ms = 0"]
     for nic in plan.nic_list():
         lines += [
             *("[[pair.nic]]", f"number = {nic.nic}", f'vif = "{nic.vif}"', f'fwd = "{nic.fwd}"', f"vlan = {nic.vlan}"),
             *(f'mac = "{nic.mac}"', 'bridge = "br0"'),
+            *([f'standby_vif = "{nic.standby_vif}"'] if nic.standby_vif else []),
         ]
     path = home / "coloebpf.toml"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def _model(plan: LabPlan, host: str) -> list[str]:
+    lines = ['engine = "model"', "[pair.model]", f'socket = "{engine_socket(plan, host)}"']
+    if plan.guests == "process":
+        # A process can't be copied: it keeps its connections' numbers, and what it knows. What it says while a
+        # checkpoint is under way is lost, where a copied VM would say it again; so that takes no time.
+        lines += ["copies = false", "commit_delay_ms = 0"]
+    return lines
+
+
+def _qemu(plan: LabPlan, host: str) -> list[str]:
+    taps = [f"{{tap{number}}}" for number in range(plan.nics)]
+    return [
+        'engine = "qemu"',
+        "[pair.qemu]",
+        f'qmp = "{machine.qmp_socket(plan)}"',
+        # A list of strings is the same in JSON and TOML.
+        f"command = {json.dumps(machine.command(plan, '{qmp}', taps, '{qmp}.console'))}",
+        f'listen = "{MANAGEMENT[host]}:{COPY_PORT}"',
+        f'run_dir = "{directory(plan, host) / "vms"}"',
+    ]
 
 
 def switch_of(plan: LabPlan, host: str) -> Path:
@@ -140,6 +175,24 @@ def _make_switch(plan: LabPlan, host: str) -> None:
 def switch_off(plan: LabPlan, host: str) -> None:
     """What a power failure does to a host."""
     subprocess.run([switch_of(plan, host)], check=True)
+
+
+def power_on(plan: LabPlan, host: str) -> None:
+    """A boot after switch_off(): the devices are there again, and nothing is loaded."""
+    with inside(plan.namespace(host)):
+        detach(plan.pin_dir(host))
+    lines = "".join(f"link set {device} up\n" for device in plan.devices(host))
+    subprocess.run(["ip", "-n", plan.namespace(host), "-batch", "-"], input=lines, text=True, check=True)
+
+
+def protect_again(plan: LabPlan, running: Running, survivor: str) -> None:
+    """After a failover: the roles are exchanged, the host that was lost takes part again."""
+    running[survivor].terminate()
+    running[survivor].wait()
+    for host in (survivor, other(survivor)):
+        configure(plan, host, primary=survivor)
+        running[host] = start(plan, host)
+    protect(plan, running, survivor)
 
 
 def start(plan: LabPlan, host: str, environ: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
@@ -183,10 +236,10 @@ def snapshot(plan: LabPlan, host: str) -> dict[str, Any]:
     return hosts.snapshot(plan, host)
 
 
-def checkpoint(plan: LabPlan) -> dict[str, int]:
+def checkpoint(plan: LabPlan, primary: str = HOSTS[0]) -> dict[str, int]:
     """A checkpoint by the primary's service; returns the new epoch and how many packets were sent."""
-    client_of(plan, "primary", "checkpoint", client.ORDER_S, pair=PAIR_NAME)
-    pair = client_of(plan, "primary", "status")["service"]["pairs"][0]
+    client_of(plan, primary, "checkpoint", client.ORDER_S, pair=PAIR_NAME)
+    pair = client_of(plan, primary, "status")["service"]["pairs"][0]
     return {"epoch": pair["epoch"], "flushed": pair["last"]["released"]}
 
 

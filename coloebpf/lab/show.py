@@ -29,8 +29,6 @@ DRAIN_TIMEOUT = 3.0  # seconds after a load for the last packets to be proven
 LOAD_BEFORE_END = 1.0  # seconds of load until the primary is switched off
 LIST_LENGTH = 100
 AGREED = "the same in both replicas"
-# redis' TIME in a form that has always the same length: nothing copies a process, so its stream must fit the other's.
-CLOCK = "local t = redis.call('TIME') return string.format('%010d.%06d', t[1], t[2])"
 
 # The list is filled beforehand by one client: LPUSH answers with the list's length, and so with the order in which a
 # replica serves its 50 clients, which nobody promises.
@@ -179,7 +177,7 @@ class Show:
     def _ask_the_time(self, client: redis.Connection) -> bool:
         """Until the answers differ; the clocks may agree to the microsecond, and then that answer is proven."""
         for _ in range(TRIES):
-            client.send("EVAL", CLOCK, "0")
+            client.send("EVAL", redis.CLOCK, "0")
             if _wait_for(self._asks, REQUEST_TIMEOUT):
                 return True
             client.answer()

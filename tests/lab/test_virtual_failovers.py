@@ -1,0 +1,109 @@
+"""Two real virtual machines through failovers and checkpoints: no acknowledged write is lost, and nothing is left over.
+
+COLO_FAILOVERS and COLO_CHECKPOINTS say how many; `make failovers` has the numbers of docs/measurements.md.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from coloebpf.errors import ColoError
+from coloebpf.lab import commands, guests, image, needs, services
+from coloebpf.lab.history import History
+from coloebpf.lab.plan import LabPlan
+from tests.lab.conftest import new_name
+from tests.lab.virtual_lab import PEER_TIMEOUT_MS, VirtualLab, until
+
+FAILOVERS = int(os.environ.get("COLO_FAILOVERS", "3"))
+CHECKPOINTS = int(os.environ.get("COLO_CHECKPOINTS", "100"))
+CLIENTS = 4
+PAUSE_S = 0.02  # of a client between an answer and its next request
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.vm,
+    pytest.mark.slow,
+    pytest.mark.timeout(300 + 60 * FAILOVERS + 2 * CHECKPOINTS),
+]
+
+
+@pytest.fixture
+def lab() -> Iterator[VirtualLab]:
+    missing = [tool for tool in needs.VIRTUAL if shutil.which(tool) is None]
+    if missing or image.find_kernel() is None:
+        pytest.skip(f"{', '.join(missing) or 'the cloud kernel'} missing: run deploy/install-deps.sh lab")
+    plan = LabPlan(new_name(), "qemu", service=True, peer_timeout_ms=PEER_TIMEOUT_MS)
+    running: services.Running = {}
+    with commands.temporary(plan, lambda plan: running.update(services.bring_up(plan))):
+        yield VirtualLab(plan, running)
+    assert guests.end_all(plan) == 0
+
+
+@pytest.fixture
+def history(lab: VirtualLab) -> Iterator[History]:
+    """Clients at work, whose connections a checkpoint has made the same in both machines."""
+    history = History(lab.plan, CLIENTS, PAUSE_S)
+    history.start()
+    lab.checkpoint()
+    yield history
+    history.finish()
+
+
+def test_a_failover_at_any_moment_loses_no_acknowledged_write(
+    lab: VirtualLab, history: History, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed = int(os.environ.get("COLO_SEED", str(time.time_ns())))
+    moments, before = random.Random(seed), lab.amounts()
+    for number in range(FAILOVERS):
+        time.sleep(moments.uniform(0.2, 2))
+        if number % 2:  # in the middle of a checkpoint
+            threading.Thread(target=_try_checkpoint, args=(lab.plan, lab.primary), daemon=True).start()
+            time.sleep(moments.uniform(0, 0.05))
+        lab.lose_the_primary(history)
+        lab.protect_again()
+        lab.checkpoint()
+        with capsys.disabled():
+            print(f"\n  failover {number + 1}: the clients' longest gap {lab.gaps[-1]:.2f} s", end="", flush=True)
+    until(lambda: lab.nic()["held"] == 0 or history.broken, "what is held leaves")
+    history.finish()
+    assert history.broken == [], f"seed {seed}"
+    assert history.check() == [], f"seed {seed}"
+    assert lab.amounts().machines <= before.machines
+    with capsys.disabled():
+        gaps = sorted(lab.gaps)
+        print(f"\n  {FAILOVERS} failovers under {history.answers:,} requests of {CLIENTS} connections; longest gap: median "
+              f"{statistics.median(gaps):.2f} s, most {gaps[-1]:.2f} s")  # fmt: skip
+
+
+def test_checkpoints_in_a_row_under_load_leave_nothing_behind(
+    lab: VirtualLab, history: History, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(5):
+        lab.checkpoint()
+    before, took = lab.amounts(), []
+    for _ in range(CHECKPOINTS):
+        took.append(lab.checkpoint())
+    history.finish()
+    assert history.broken == []
+    assert history.check() == []
+    until(lambda: lab.nic()["held"] == 0, "what is held leaves")
+    until(lambda: not lab.amounts().exceeds(before), "nothing has grown: " + ", ".join(lab.amounts().exceeds(before)))
+    assert lab.pair(lab.primary)["checkpoints_failed"] == 0
+    with capsys.disabled():
+        took.sort()
+        print(f"\n  {CHECKPOINTS} checkpoints under {history.answers:,} requests: median "
+              f"{statistics.median(took) * 1000:.0f} ms, p99 {took[int(len(took) * 0.99)] * 1000:.0f} ms")  # fmt: skip
+
+
+def _try_checkpoint(plan: LabPlan, primary: str) -> None:
+    with suppress(ColoError):
+        services.checkpoint(plan, primary)

@@ -1,0 +1,107 @@
+"""A lab with virtual machines that a test takes through failovers and checkpoints, and what must not be left over."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from coloebpf.lab import machine, services
+from coloebpf.lab.history import History
+from coloebpf.lab.plan import HOSTS, LabPlan
+
+SOON = 60.0  # seconds that anything may take: two emulated machines and both services share this one's CPUs
+# The services wait for the CPU too: silence for less is no sign of a lost host here.
+PEER_TIMEOUT_MS = 1000
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """What the lab's programs hold on to."""
+
+    machines: int
+    descriptors: int  # of both services
+    processes: int
+    slots: int
+    devices: int
+
+    def exceeds(self, other: Amounts) -> list[str]:
+        """What has grown, in words."""
+        return [
+            f"{name}: {getattr(other, name)} before, {value} after"
+            for name, value in vars(self).items()
+            if value > getattr(other, name)
+        ]
+
+
+@dataclass
+class VirtualLab:
+    """The lab `plan`, up and protected. `primary`: the host that has the guest now."""
+
+    plan: LabPlan
+    running: services.Running
+    primary: str = HOSTS[0]
+    gaps: list[float] = field(default_factory=list)  # of the clients at each failover, seconds
+
+    @property
+    def secondary(self) -> str:
+        return services.other(self.primary)
+
+    def pair(self, host: str) -> dict[str, Any]:
+        status = services.service_status(self.plan, host)
+        return dict(status["pairs"][0]) if status and status["pairs"] else {}
+
+    def nic(self) -> dict[str, Any]:
+        """The primary's counters."""
+        nic: dict[str, Any] = services.snapshot(self.plan, self.primary)["nics"][0]
+        return nic
+
+    def checkpoint(self) -> float:
+        """Returns how long it took, in seconds."""
+        began = time.monotonic()
+        services.checkpoint(self.plan, self.primary)
+        return time.monotonic() - began
+
+    def lose_the_primary(self, history: History) -> None:
+        """Its host loses its power, the other one takes over, and every client is answered again."""
+        history.gap()
+        services.switch_off(self.plan, self.primary)
+        before = [client.record.answers for client in history.clients]
+        until(lambda: self.pair(self.secondary).get("state") == "promoted", "the secondary is promoted")
+        # One answer may have been on its way, the next one is of the new guest.
+        until(
+            lambda: (
+                bool(history.broken)
+                or all(c.record.answers > old + 1 for c, old in zip(history.clients, before, strict=True))
+            ),
+            "every client is answered again",
+        )
+        assert history.broken == []
+        self.gaps.append(history.gap())
+
+    def protect_again(self) -> None:
+        """The host that was lost comes back, as the secondary of the one that took over."""
+        survivor = self.secondary
+        services.power_on(self.plan, self.primary)
+        services.protect_again(self.plan, self.running, survivor)
+        self.primary = survivor
+
+    def amounts(self) -> Amounts:
+        pids = [process.pid for process in self.running.values()]
+        slots = services.snapshot(self.plan, self.primary)["slots"]
+        return Amounts(
+            machines=sum(len(machine.running(self.plan, host)) for host in HOSTS),
+            descriptors=sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
+            processes=sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids),
+            slots=int(slots["total"] - slots["free"]),
+            devices=sum(len(os.listdir(f"/proc/{pid}/net/dev_snmp6")) for pid in pids),
+        )
+
+
+def until(condition: Callable[[], object], what: str, timeout: float = SOON) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {timeout} s: {what}"
+        time.sleep(0.02)
