@@ -17,6 +17,14 @@ def duration(nanoseconds: float | None) -> str:
     return f"{nanoseconds:.0f} ns"
 
 
+def amount(size: int) -> str:
+    """Bytes, in the unit that fits."""
+    for unit, of in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= of:
+            return f"{size / of:,.1f} {unit}"
+    return f"{size} bytes"
+
+
 def age(milliseconds: float | None) -> str:
     """A time that may have lasted for days, in two units at most; 'never' for none."""
     if milliseconds is None:

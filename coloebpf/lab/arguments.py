@@ -80,7 +80,15 @@ def _commands(lab: Any) -> None:
     add_json(add("status", _status, "show state, epoch and counters"))
     add_json(add("checkpoint", _checkpoint, "begin a new epoch and send what is held"))
     add("down", _down, "remove a lab and all of its processes, whole or not")
-    show = add("show", _show, "drive two redis replicas in lock-step, let them differ, and check what the client sees")
+    show = add(
+        "show", _show, "drive a protected redis, let its replicas differ, end the primary host, check the clients"
+    )
+    show.add_argument(
+        "--guests",
+        choices=plan.MODES[1:],
+        default="qemu",
+        help="qemu: virtual machines (default); process: two processes, which nothing copies; faster",
+    )
     show.set_defaults(name="show")
 
     agent = lab.add_parser("agent", allow_abbrev=False)  # started by `up`; no help text, so that it isn't listed
@@ -163,6 +171,10 @@ def _down(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
+    if args.guests == "qemu":
+        from coloebpf.lab import virtual_show
+
+        return virtual_show.run(args.name)
     from coloebpf.lab import show
 
     return show.run(args.name)

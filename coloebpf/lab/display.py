@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from coloebpf.units import duration
+from coloebpf.units import amount, duration
 
 PLAIN_PERIOD = 1.0  # seconds between two plain lines
-MEBI = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,14 @@ class Display:
             self._console.print(f"[{'green' if held else 'bold red'}]{'ok    ' if held else 'FAILED'}[/] {text}")
         self._console.print()
         for name, value in facts:
-            self._console.print(f"{name:28} {value}", markup=False)
+            self._console.print(f"{name:28} {value}", markup=False, soft_wrap=True)
 
 
 def _cells(sample: Sample, last: Sample | None) -> list[tuple[str, str]]:
     rate = (sample.requests - last.requests) / (sample.at - last.at) if last and sample.at > last.at else 0
     return [
         ("requests/s", f"{rate:,.0f}"),
-        ("compared", f"{sample.compared_bytes / MEBI:,.1f} MiB"),
+        ("compared", amount(sample.compared_bytes)),
         ("released", f"{sample.released_packets:,}"),
         ("held", f"{sample.held}"),
         ("held p50", duration(sample.held_p50_ns)),

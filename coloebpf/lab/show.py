@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 from coloebpf.errors import ColoError
 from coloebpf.lab import commands, needs, redis, services
-from coloebpf.lab.display import MEBI, Display, Sample
+from coloebpf.lab.display import Display, Sample
 from coloebpf.lab.plan import GUESTS, LabPlan
-from coloebpf.units import duration
+from coloebpf.units import amount, duration
 
 SAMPLE_PERIOD = 0.25  # seconds between two looks at the counters
 PROBE_PERIOD = 0.01  # seconds between two questions of the client that looks for gaps
@@ -205,7 +205,7 @@ class Show:
         nic = self._nic()
         self._facts += [
             ("requests served in lock-step", f"{self._sample().requests:,}"),
-            ("compared", f"{nic['compared_bytes'] / MEBI:,.1f} MiB in {nic['compared_packets']:,} packets"),
+            ("compared", f"{amount(nic['compared_bytes'])} in {nic['compared_packets']:,} packets"),
             ("holding time", f"p50 {duration(nic['holding_ns']['p50'])}, p99 {duration(nic['holding_ns']['p99'])}"),
             ("checkpoints", ", ".join(f"{n} {why}" for why, n in self._pair("primary")["checkpoints"].items())),
         ]

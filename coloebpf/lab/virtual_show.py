@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from coloebpf.lab import commands, machine, needs, redis, services
-from coloebpf.lab.display import MEBI, Display, Sample
+from coloebpf.lab.display import Display, Sample
 from coloebpf.lab.history import History
 from coloebpf.lab.pauses import Pauses
 from coloebpf.lab.plan import LabPlan
-from coloebpf.units import duration
+from coloebpf.units import amount, duration
 
 SAMPLE_PERIOD = 0.25  # seconds between two looks at the counters
 CLIENTS = 4
@@ -163,7 +163,7 @@ class VirtualShow:
             ("checkpoints", ", ".join(f"{n} {why}" for why, n in pair["checkpoints"].items())),
             ("divergences", ", ".join(f"{n} {why}" for why, n in nic["divergences"].items() if n) or "none"),
             ("PVM stood still", f"{duration(_median(stood) * 1e9)}, {duration(max(stood, default=0) * 1e9)} at most"),
-            ("compared", f"{nic['compared_bytes'] / MEBI:,.1f} MiB in {nic['compared_packets']:,} packets"),
+            ("compared", f"{amount(nic['compared_bytes'])} in {nic['compared_packets']:,} packets"),
             ("holding time", f"p50 {duration(nic['holding_ns']['p50'])}, p99 {duration(nic['holding_ns']['p99'])}"),
         ]
 

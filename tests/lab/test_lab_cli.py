@@ -13,6 +13,7 @@ import pytest
 from coloebpf import cli
 from coloebpf.cli import main
 from coloebpf.errors import ColoError
+from coloebpf.lab import needs
 from coloebpf.lab.plan import LabPlan
 from tests.lab.conftest import CLI, coloebpf
 from tests.nobody import AS_NOBODY, need_nobody
@@ -103,7 +104,7 @@ def lacking(tmp_path: Path, what: str) -> dict[str, str]:
     if what == "bcc":
         (tmp_path / "bcc.py").write_text("raise ImportError('No module named bcc')\n")
         return environment
-    for tool in {"ethtool", "ip", "redis-server", "redis-benchmark"} - {what}:
+    for tool in {"ethtool", "ip", "redis-server", "redis-benchmark", *needs.VIRTUAL} - {what}:
         (tmp_path / tool).symlink_to("/bin/true")
     return {**environment, "PATH": str(tmp_path)}
 
@@ -111,18 +112,20 @@ def lacking(tmp_path: Path, what: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("command", "what", "words"),
     [
+        ("show", "qemu-system-x86_64", "qemu-system-x86_64 not found: apt-get install qemu-system-x86"),
+        ("show", "cpio", "cpio not found: apt-get install cpio"),
         ("up", "bcc", "bcc"),
         ("show", "bcc", "bcc"),
         ("up", "ethtool", "ethtool not found: apt-get install ethtool"),
         ("show", "ethtool", "ethtool not found: apt-get install ethtool"),
-        ("show", "redis-benchmark", "redis-benchmark not found: apt-get install redis-tools"),
+        ("show --guests process", "redis-benchmark", "redis-benchmark not found: apt-get install redis-tools"),
     ],
 )
 def test_a_missing_piece_is_a_sentence_before_anything_is_made(
     lab_name: str, tmp_path: Path, command: str, what: str, words: str
 ) -> None:
     done = subprocess.run(
-        [*CLI, "lab", command, "--name", lab_name],
+        [*CLI, "lab", *command.split(), "--name", lab_name],
         env=lacking(tmp_path, what),
         capture_output=True,
         text=True,

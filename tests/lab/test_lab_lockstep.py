@@ -167,7 +167,7 @@ def _session(leader: int) -> list[int]:
 
 @pytest.mark.slow
 def test_the_show_holds(lab_name: str) -> None:
-    done = coloebpf("lab", "show", "--name", lab_name, timeout=240)
+    done = coloebpf("lab", "show", "--guests", "process", "--name", lab_name, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout
     assert "there was a divergence, as there should be" in done.stdout
