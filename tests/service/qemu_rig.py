@@ -44,7 +44,7 @@ def command(kernel: image.Kernel, archive: Path) -> tuple[str, ...]:
     return (
         "qemu-system-x86_64", "-name", "{name}", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "128M",
         "-nodefaults", "-no-user-config", "-display", "none", "-kernel", str(kernel.image), "-initrd", str(archive),
-        "-append", "console=ttyS0 quiet panic=-1 mitigations=off", "-serial", "file:{qmp}.serial",
+        "-device", "pcie-root-port,id=slot9,chassis=1", "-append", "console=ttyS0 quiet panic=-1 mitigations=off", "-serial", "file:{qmp}.serial",
         "-qmp", "unix:{qmp},server=on,wait=off",
     )  # fmt: skip
 
@@ -76,6 +76,9 @@ class FakeVifs:
         """Where a client's frame would go."""
         return self.next_vif if self.next_vif and self.word.epoch >= self.next_epoch else self.vif
 
+    def end(self) -> None:
+        self.word = PairState(State.UNPROTECTED, self.word.epoch)
+
     def clear(self) -> None:
         self.word = PairState(self.word.state, self.word.epoch + 1)
 
@@ -98,10 +101,9 @@ class Rig:
         self.vifs.word = PairState(State.SYNCING, 0)
         self.follows = True
         self.heard: list[tuple[float, str, EngineEvent]] = []
-        self.news = asyncio.Event()
         self.said: list[str] = []
         self.linked = True
-        self.on_word: Callable[[str], None] = lambda word: None
+        self.on_step: Callable[[str], None] = lambda step: None  # words, and names of events
         self._pvm: subprocess.Popen[bytes] | None = None
         self.primary = self.make_primary()
         self.secondary = self.make_secondary()
@@ -139,9 +141,17 @@ class Rig:
         if self._pvm is not None:
             self._pvm.kill()
             self._pvm.wait()
-        for pid in self.qemus():
+        for pid in self.qemus("ab"):
             os.kill(pid, signal.SIGKILL)
-        await self.until(lambda: not self.qemus(), "the QEMUs to end")
+        await self.until(lambda: not self.qemus("ab"), "the QEMUs to end")
+
+    def exchange(self) -> None:
+        """Both hosts' files have the other role now."""
+        self.dirs = {"a": self.dirs["b"], "b": self.dirs["a"]}
+        self.configs = {"a": self.configs["b"], "b": self.configs["a"]}
+        self.state, self.vifs = State.SYNCING, FakeVifs()
+        self.vifs.word = PairState(State.SYNCING, 0)
+        self.primary, self.secondary = self.make_primary(), self.make_secondary()
 
     # ---- acting ----------------------------------------------------------------------------------------------------
 
@@ -151,8 +161,18 @@ class Rig:
         await self.primary.request_checkpoint()
         await self.until(lambda: any(isinstance(e, Committed) for _, _, e in self.heard[seen:]), "a commit")
         when = {type(event): at for at, host, event in self.heard[seen:] if host == "a"}
-        assert list(when) == [Suspended, Committed]
+        assert list(when) == [Suspended, Committed], when
         return (when[Committed] - begin) * 1e3, (self.resumed - when[Suspended]) * 1e3
+
+    def once(self, step: str, act: Callable[[], object]) -> None:
+        """At the next such step."""
+
+        def look(name: str) -> None:
+            if name == step:
+                self.on_step = lambda step: None
+                act()
+
+        self.on_step = look
 
     async def until(self, there: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + SOON
@@ -183,16 +203,16 @@ class Rig:
         assert vm is not None
         return str((await vm.qmp.do("query-status"))["status"])
 
-    def qemus(self) -> list[int]:
-        """Processes of the secondary's host."""
-        mark = str(self.dirs["b"]).encode()
+    def qemus(self, hosts: str = "b") -> list[int]:
+        """Processes of a host that the engine has started."""
+        marks = [f"{self.dirs[host]}/web".encode() for host in hosts]
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 line = path.read_bytes()
             except OSError:
                 continue
-            if line.startswith(b"qemu-system") and mark in line:
+            if line.startswith(b"qemu-system") and any(mark in line for mark in marks):
                 found.append(int(path.parent.name))
         return found
 
@@ -205,6 +225,7 @@ class Rig:
 
     def _hear(self, host: str, event: EngineEvent) -> None:
         self.heard.append((time.monotonic(), host, event))
+        self.on_step(type(event).__name__)
         if host == "b" and event == Replacing() and self.follows:
             self.vifs.clear()
         if host == "a" and event == Suspended():
@@ -218,7 +239,7 @@ class Rig:
             if not self.linked:
                 return
             self.said.append(f"{host} {word} {number}")
-            self.on_word(word)
+            self.on_step(word)
             engine = self.primary if host == "a" else self.secondary
             asyncio.get_running_loop().call_soon(engine.heard, word, number, detail)
 

@@ -99,7 +99,7 @@ class QemuPrimary:
         self.pvm: Qmp | None = None
         self.resumed_s = 0.0  # when the PVM went on last
         self._standby: Standby | None = None
-        self._copy: Copy | None = None
+        self.copy: Copy | None = None
         self._requested = False  # a checkpoint is due
         self._asked = False  # a first one was asked for since the protection began
         self._wake = asyncio.Event()
@@ -121,7 +121,11 @@ class QemuPrimary:
             raise EngineError(f"the QEMU of {self._vms.name} does not answer")
         if self._requested:
             raise EngineError("a checkpoint is under way")
-        await self._check_disks(self.pvm)
+        if (refusal := await self._refusal(self.pvm)) is not None:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._emit, Failed(refusal, fatal=True))
+            loop.call_soon(self._emit, Ready())  # for the next protection, when that is mended
+            return
         self._requested = self._asked = True
         self._wake.set()
 
@@ -145,19 +149,19 @@ class QemuPrimary:
     @property
     def filled(self) -> bool:
         """A checkpoint that is asked for now need not wait for the copy of the memory."""
-        return self._copy is not None and self._copy.filling is not None and self._copy.filling.ready
+        return self.copy is not None and self.copy.filling is not None and self.copy.filling.ready
 
     # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
 
     def heard(self, word: str, number: int, detail: str) -> None:
         """See Talking."""
-        copy = self._copy if self._copy is not None and self._copy.number == number else None
+        copy = self.copy if self.copy is not None and self.copy.number == number else None
         match word:
             case "standby":
                 host, port, token = detail.split()
                 self._standby = Standby(number, host, int(port), token)
-                if self._copy is not None and copy is None:
-                    self._copy.fail("the secondary has another standby")
+                if self.copy is not None and copy is None:
+                    self.copy.fail("the secondary has another standby")
                 self._wake.set()
             case "switched" if copy:
                 copy.came(copy.switched)
@@ -171,8 +175,8 @@ class QemuPrimary:
 
     def peer_up(self) -> None:
         """See Talking."""
-        if self._copy is not None:
-            self._copy.fail("the link was down meanwhile")
+        if self.copy is not None:
+            self.copy.fail("the link was down meanwhile")
         self._standby = None
         self._asked_s = 0.0
         self._wake.set()
@@ -189,7 +193,7 @@ class QemuPrimary:
                 self._requested = self._asked = False
                 await self._give_up("the protection has ended")
             now = asyncio.get_running_loop().time()
-            if wanted and self._standby is None and self._copy is None and now - self._asked_s > ASK_S:
+            if wanted and self._standby is None and self.copy is None and now - self._asked_s > ASK_S:
                 self._asked_s = now
                 self._say_to("ask", 0, "")
             await asyncio.sleep(TEND_S)
@@ -209,7 +213,7 @@ class QemuPrimary:
         self._emit(Ready())
 
     def _event(self, name: str, data: Mapping[str, Any]) -> None:
-        copy = self._copy
+        copy = self.copy
         if copy is None:
             return
         if name == "STOP":
@@ -225,8 +229,8 @@ class QemuPrimary:
         pvm, self.pvm = self.pvm, None
         if pvm is not None:
             asyncio.get_running_loop().create_task(pvm.close())
-        if self._copy is not None:
-            self._copy.fail("the PVM's QEMU is gone")
+        if self.copy is not None:
+            self.copy.fail("the PVM's QEMU is gone")
             self._wake.set()
         self._vms.note_guest(None)
         self._emit(DomainGone(f"the QEMU of {self._vms.name} is gone"))
@@ -248,16 +252,17 @@ class QemuPrimary:
                     raise
             await asyncio.sleep(0.001)
 
-    async def _check_disks(self, pvm: Qmp) -> None:
-        """Raises EngineError for a disk that the guest can write: its SVM would have none like it."""
+    async def _refusal(self, pvm: Qmp) -> str | None:
+        """Why this guest can't be protected: a disk that it can write, and its SVM would have none like it."""
         for device in await pvm.do("query-block"):
             medium = device.get("inserted")
             if medium and not medium.get("ro"):
                 name = device.get("device") or device.get("qdev") or medium.get("node-name")
-                raise EngineError(
+                return (
                     f"disk {name} of {self._vms.name} can be written and is not replicated: "
                     "make it read-only, or keep the guest's data in its memory"
                 )
+        return None
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -268,24 +273,25 @@ class QemuPrimary:
             if not (self._asked and self.pvm is not None and self._standby is not None):
                 continue
             standby, self._standby = self._standby, None
-            self._copy = Copy(standby)
-            self._working = asyncio.get_running_loop().create_task(self._make(self._copy, self.pvm))
+            self.copy = Copy(standby)
+            self._working = asyncio.get_running_loop().create_task(self._make(self.copy, self.pvm))
             try:
                 await asyncio.wait((self._working,))
             except asyncio.CancelledError:
                 self._working.cancel()
                 await asyncio.wait((self._working,))
                 raise
-            self._copy = self._working = None
+            self.copy = self._working = None
             self._wake.set()
 
     async def _make(self, copy: Copy, pvm: Qmp) -> None:
         try:
             await self._checkpoint(copy, pvm)
         except EngineError as e:
+            requested, copy.filling = self._requested, None  # one that is asked for from here on gets the next copy
             await self._undo(copy, pvm, str(e))
             say(logger, logging.WARNING, "a copy came to nothing", pair=self._vms.name, reason=e)
-            if self._requested:
+            if requested:
                 self._requested = False
                 self._emit(Failed(str(e)))
         except asyncio.CancelledError:
@@ -388,8 +394,8 @@ class QemuPrimary:
             say(logger, logging.WARNING, "the PVM's QEMU does not answer", pair=self._vms.name, error=e, after=reason)
 
     async def _give_up(self, reason: str) -> None:
-        if self._copy is not None:
-            self._copy.fail(reason)
+        if self.copy is not None:
+            self.copy.fail(reason)
         if self._working is not None:
             self._wake.set()
             await asyncio.wait((self._working,), timeout=2 * UNDO_S)

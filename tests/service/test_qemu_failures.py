@@ -1,0 +1,268 @@
+"""The engine qemu when a QEMU, a service or a link dies in the middle: who goes on, and from where."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coloebpf.errors import EngineError
+from coloebpf.model import State
+from coloebpf.service.engine import Committed, DomainGone, EngineEvent, Failed, Ready, SecondaryGone, Suspended
+from coloebpf.service.engines import qemu_filling, qemu_primary
+from tests.service.qemu_rig import INDEX, Rig
+from tests.service.test_qemu_engine import Test, play
+
+__all__ = ["play"]  # the fixture
+
+pytestmark = pytest.mark.vm
+
+Play = Callable[[Test], None]
+
+
+def kinds(rig: Rig, host: str, since: int) -> list[type[EngineEvent]]:
+    return [type(event) for _, where, event in rig.heard[since:] if where == host]
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+async def protected(rig: Rig) -> None:
+    """A first commit, and the next copy ready."""
+    await rig.checkpoint()
+    await rig.until(lambda: rig.primary.filled, "the next copy")
+
+
+async def goes_on(rig: Rig) -> None:
+    """The PVM runs, and another checkpoint comes about."""
+    assert await rig.pvm_status() == "running"
+    await rig.until(lambda: rig.primary.filled, "the next copy")
+    await rig.checkpoint()
+    svm = rig.secondary.svm
+    assert svm is not None
+    await rig.until(lambda: rig.svm_ticks() > 3, "the SVM to run")
+    assert rig.vifs.now == rig.vifs.vif == INDEX[("tapA", "tapB")[svm.slot]]
+
+
+def standby_pid(rig: Rig) -> int:
+    assert rig.secondary.standby is not None
+    return rig.secondary.standby.vm.pid
+
+
+def svm_pid(rig: Rig) -> int:
+    assert rig.secondary.svm is not None
+    return rig.secondary.svm.pid
+
+
+def test_a_standby_that_dies_while_it_is_filled_is_replaced(play: Play) -> None:
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        before, old = len(rig.heard), standby_pid(rig)
+        kill(old)
+        await rig.until(lambda: rig.secondary.standby is not None and standby_pid(rig) != old, "a new standby")
+        assert rig.heard[before:] == []
+        await goes_on(rig)
+
+    play(test)
+
+
+@pytest.mark.parametrize("step", ["switch", "switched", "Suspended"])
+def test_a_standby_that_dies_in_a_checkpoint_leaves_the_old_svm(play: Play, step: str) -> None:
+    """What was switched comes back, with the epoch and so the old translations."""
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        svm, epoch, vif = svm_pid(rig), rig.vifs.word.epoch, rig.vifs.now
+        before = len(rig.heard)
+        rig.once(step, lambda: kill(standby_pid(rig)))
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: Failed in kinds(rig, "a", before), "the failure")
+        assert Committed not in kinds(rig, "a", before)
+        await rig.until(lambda: rig.vifs.word.epoch == epoch, "the way back")
+        assert (svm_pid(rig), rig.vifs.now) == (svm, vif)
+        assert await rig.status(rig.secondary.svm) == "running"
+        await goes_on(rig)
+
+    play(test)
+
+
+def test_without_its_svm_the_primary_is_told(play: Play) -> None:
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        before = len(rig.heard)
+        kill(svm_pid(rig))
+        await rig.until(lambda: SecondaryGone in kinds(rig, "a", before), "the primary to hear")
+        assert DomainGone in kinds(rig, "b", before)
+        await rig.primary.failover()
+        assert await rig.pvm_status() == "running"
+
+    play(test)
+
+
+@pytest.mark.parametrize("step", ["switch", "switched", "Suspended", "whole"])
+def test_the_pvm_dies_in_a_checkpoint(play: Play, step: str) -> None:
+    """The secondary takes over with the standby if that is whole, else with the SVM that ran; never with half a one."""
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        old, before = svm_pid(rig), len(rig.heard)
+        rig.once(step, lambda: kill(rig.pvm_pid))
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: DomainGone in kinds(rig, "a", before), "the primary to notice")
+        await rig.secondary.failover()
+        svm = rig.secondary.svm
+        assert svm is not None
+        whole = any(word.startswith("a whole") for word in rig.said[-4:])
+        assert (svm.pid != old) == whole
+        assert whole or step != "whole"
+        assert rig.vifs.now == INDEX[("tapA", "tapB")[svm.slot]]
+        assert await rig.status(svm) == "running"
+        ticks = rig.svm_ticks()
+        await rig.until(lambda: rig.svm_ticks() > ticks, "the guest to go on")
+
+    play(test)
+
+
+def test_a_copy_that_ends_by_itself_is_a_checkpoint(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has asked; it counts from the PVM's standstill all the same."""
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        before = len(rig.heard)
+        assert rig.primary.copy is not None
+        assert rig.primary.copy.relay is not None
+        monkeypatch.setattr(qemu_filling, "HELD_BYTES", -1)
+        monkeypatch.setattr(qemu_filling, "BUSY_PASSES", 10_000)
+        await rig.until(lambda: Committed in kinds(rig, "a", before), "the commit")
+        told = [event for _, host, event in rig.heard[before:] if host == "a"]
+        assert told[:2] == [Suspended(requested=False), Committed()]
+        monkeypatch.undo()
+        await goes_on(rig)
+
+    play(test)
+
+
+@pytest.mark.parametrize("who", ["standby", "svm"])
+def test_a_qemu_that_hangs_holds_up_nobody_for_long(play: Play, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    """A standby that loads nothing fails the checkpoint; the PVM need not wait for that."""
+    monkeypatch.setattr(qemu_primary, "WHOLE_S", 1.0)
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        before, pid = len(rig.heard), standby_pid(rig) if who == "standby" else svm_pid(rig)
+        os.kill(pid, signal.SIGSTOP)
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: bool({Failed, Committed} & set(kinds(rig, "a", before))), "an end")
+        assert kinds(rig, "a", before)[-1] is (Failed if who == "standby" else Committed)
+        assert await rig.pvm_status() == "running"
+        await goes_on(rig)
+
+    play(test)
+
+
+def test_a_pvm_that_hangs_fails_the_checkpoint(play: Play) -> None:
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        before = len(rig.heard)
+        os.kill(rig.pvm_pid, signal.SIGSTOP)
+        with pytest.raises(EngineError, match="has not answered"):
+            await rig.primary.request_checkpoint()
+        os.kill(rig.pvm_pid, signal.SIGCONT)
+        assert Committed not in kinds(rig, "a", before)
+        await goes_on(rig)
+
+    play(test)
+
+
+@pytest.mark.parametrize("step", ["switched", "Suspended", "whole"])
+def test_a_primary_service_that_ends_in_a_checkpoint_leaves_a_running_pvm(play: Play, step: str) -> None:
+    """As far as it is in its power; what is left standing the next service lets go on."""
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        ended: list[asyncio.Task[None]] = []
+        rig.once(step, lambda: ended.append(asyncio.get_running_loop().create_task(rig.primary.stop())))
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: bool(ended) and ended[0].done(), "the engine to end")
+        rig.primary = rig.make_primary()
+        await rig.primary.start()
+        rig.primary.peer_up()
+        await rig.until(lambda: rig.primary.pvm is not None, "the PVM")
+        assert await rig.pvm_status() == "running"
+        await rig.primary.request_checkpoint()
+        before = len(rig.heard)
+        await rig.until(lambda: Committed in kinds(rig, "a", before), "a commit")
+
+    play(test)
+
+
+def test_the_next_service_of_the_secondary_goes_on_with_the_svm(play: Play) -> None:
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        svm = svm_pid(rig)
+        await rig.secondary.stop()
+        rig.secondary = rig.make_secondary()
+        await rig.secondary.start()
+        rig.primary.peer_up()
+        assert svm_pid(rig) == svm
+        await goes_on(rig)
+        assert len(rig.qemus()) <= 2
+
+    play(test)
+
+
+def test_the_roles_change(play: Play) -> None:
+    """After a failover the SVM is a PVM, wherever it was started, and the host that was the primary fills standbys."""
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        kill(rig.pvm_pid)
+        await rig.until(lambda: any(isinstance(e, DomainGone) for _, _, e in rig.heard), "the primary to notice")
+        await rig.secondary.failover()
+        guest = svm_pid(rig)
+        await rig.primary.stop()
+        await rig.secondary.stop()
+        rig.exchange()
+        before = len(rig.heard)
+        await rig.secondary.start()
+        await rig.primary.start()
+        await rig.until(lambda: rig.primary.pvm is not None, "the guest")
+        await rig.checkpoint()
+        await rig.until(lambda: rig.svm_ticks() > 3, "the SVM to run")
+        assert kinds(rig, "a", before)[-1] is Committed
+        assert Path(f"/proc/{guest}").exists()
+
+    play(test)
+
+
+def test_a_disk_that_is_not_replicated_is_refused(play: Play) -> None:
+    async def test(rig: Rig) -> None:
+        pvm: Any = rig.primary.pvm
+        await pvm.do("blockdev-add", driver="null-co", node_name="data", size=1 << 20, read_only=False)
+        await pvm.do("device_add", driver="virtio-blk-pci", id="disk", drive="data", bus="slot9")
+        before = len(rig.heard)
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: kinds(rig, "a", before) == [Failed, Ready], "the refusal")
+        refused = rig.heard[before][2]
+        assert isinstance(refused, Failed)
+        assert refused.fatal
+        assert "is not replicated" in refused.reason
+
+    play(test)
+
+
+def test_the_end_of_a_protection_ends_the_svm(play: Play) -> None:
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        rig.state = State.UNPROTECTED
+        rig.vifs.end()
+        await rig.until(lambda: not rig.qemus(), "the QEMUs of the secondary to end")
+        assert await rig.pvm_status() == "running"
+
+    play(test)
