@@ -2,10 +2,10 @@
 VENV := .venv
 PY   := $(VENV)/bin/python
 
-.PHONY: help deps deps-test venv lint test lab bench stress traffic vm-test clean
+.PHONY: help deps deps-test venv lint test lab bench stress traffic failovers vm-test clean
 
 help:
-	@echo "make lab      install what is needed and run the show: two replicas in lock-step on this machine"
+	@echo "make lab      install what is needed and run the show: two virtual machines in lock-step on this machine"
 	@echo "make test     install what is needed, lint, and run all tests (unit, lab, Debian's kernel in QEMU)"
 	@echo "make bench    measure every hook and the lab, beside QEMU's colo-compare and a plain bridge"
 	@echo "make lint     ruff and mypy only        make vm-test  only the tests in QEMU"
@@ -58,6 +58,12 @@ traffic:
 	$(MAKE) deps-test
 	$(MAKE) venv
 	COLO_TRAFFIC=full $(PY) -m pytest tests/lab/test_traffic.py
+
+# Two virtual machines through 50 failovers at random moments, and 1,000 checkpoints in a row; takes most of an hour.
+failovers:
+	$(MAKE) deps-test
+	$(MAKE) venv
+	COLO_FAILOVERS=50 COLO_CHECKPOINTS=1000 $(PY) -m pytest tests/lab/test_virtual_failovers.py
 
 vm-test:
 	$(MAKE) deps-test

@@ -34,7 +34,7 @@ def heard(systemd: FakeSystemd, line: str) -> int:
 
 def reload(lab: ServiceLab, host: str, changes: str = "", pair_changes: str = "", tail: str = "") -> None:
     """Changes the host's file and sends SIGHUP."""
-    path = services.configure(lab.plan, host, changes, pair_changes)
+    path = services.configure(lab.plan, host, changes, pair_changes=pair_changes)
     path.write_text(path.read_text() + tail)
     lab.kill(host, signal.SIGHUP)
 
