@@ -80,6 +80,31 @@ static __always_inline bool timestamps(const struct view *v, const struct packet
 	return false;
 }
 
+#define NEAR_NUMBERS (1u << 26) /* bytes: more than segments of one VM's stream lie apart, however large its window */
+
+static __always_inline u32 apart(u32 a, u32 b) { return seq_lt(a, b) ? b - a : a - b; }
+
+/* A checkpoint is under way, or has failed: is the SVM the one that opened this connection, or already a copy of the PVM? Nobody may be left who could
+ * tell (the primary can die in between), but the SVM's next segment does: own_numbers(). Under the lock. */
+static __always_inline bool in_doubt(const struct flow *f, const struct place *at, u32 kept)
+{
+	return f->epoch != at->epoch && (f->flags & FLOW_DELTA) && (s32)(f->epoch - kept) >= 0;
+}
+
+/* Does the SVM's segment continue the SVM's own numbers, not the PVM's? `sure`: only a clear answer counts, the connection's numbers are not in doubt. */
+static __always_inline bool own_numbers(const struct flow *f, u32 seq, bool sure)
+{
+	u32 last = f->flags & FLOW_SENT ? f->svm_high : f->svm_isn;
+	u32 own = apart(seq, last), copied = apart(seq, last + f->seq_delta);
+	return sure ? own <= NEAR_NUMBERS || copied > NEAR_NUMBERS : own <= copied;
+}
+
+static __always_inline u32 kept_epoch(const struct place *at)
+{
+	struct pair *pair = pairs.lookup(&at->nic->pair);
+	return pair ? *(volatile u32 *)&pair->kept_epoch : at->epoch;
+}
+
 /* From the client: what S1 and S3 learn from the segment, and change in it. Returns false for a segment that must not reach the SVM. */
 static __always_inline bool from_client(struct edits *e, const struct view *v, const struct packet *p, const struct place *at, u64 now)
 {
@@ -96,8 +121,10 @@ static __always_inline bool from_client(struct edits *e, const struct view *v, c
 	if (!f)
 		return true;
 	bool stamped = timestamps(v, p, &val, &ecr);
+	u32 kept = kept_epoch(at);
 	bpf_spin_lock(&f->lock);
-	if (!same_flow(f, ref.generation)) {
+	if (!same_flow(f, ref.generation) || (in_doubt(f, at, kept) && !(syn && f->client_isn != p->seq))) {
+		/* In doubt the numbers stay: right for a copy, and an SVM of other numbers answers what it can't use with an ACK of its own (RFC 5961). */
 		bpf_spin_unlock(&f->lock);
 		return true;
 	}
@@ -166,16 +193,19 @@ static __always_inline void from_svm(struct edits *e, const struct view *v, cons
 	if (!f)
 		return;
 	bool stamped = timestamps(v, p, &val, &ecr);
+	u32 kept = kept_epoch(at);
 	bpf_spin_lock(&f->lock);
 	if (!same_flow(f, ref.generation)) {
 		bpf_spin_unlock(&f->lock);
 		return;
 	}
 	f->last_ns = now;
-	if (f->epoch != at->epoch) {
-		f->epoch = at->epoch;
-		f->flags = FLOW_LIVE | (flags & TCP_SYN && opens ? 0 : FLOW_OPEN);
-	}
+	bool doubt = in_doubt(f, at, kept), same = f->epoch == at->epoch;
+	if (doubt || (same && (f->flags & FLOW_DELTA))) /* also in this epoch: the old SVM may have opened it while the checkpoint was under way */
+		same = (flags & (TCP_SYN | TCP_RST)) || own_numbers(f, p->seq, same);
+	f->epoch = at->epoch;
+	if (!same)
+		f->flags = FLOW_LIVE | (opens ? 0 : FLOW_OPEN);
 	if (opens && (f->flags & FLOW_SVM_ISN) && f->svm_isn != p->seq)
 		f->flags = FLOW_LIVE; /* the ports are used again */
 	if ((flags & TCP_SYN) && !(f->flags & (FLOW_DELTA | FLOW_OPEN))) {

@@ -11,6 +11,8 @@ struct pair {
 	u64 deadline_ns;   /* end of the right to speak; 0: no lease */
 	u64 open_after_ns; /* the service is gone, and its policy is to go on without protection, once this has passed; 0: to hold */
 	u64 zero;          /* always 0, which the verifier doesn't know */
+	u32 kept_epoch;    /* on a secondary: TCP numbers learnt in this epoch or later may be true still, the checkpoints since have not committed */
+	u32 spare;
 };
 
 /* A guest's NIC on this host, by the ifindex of its vif. */

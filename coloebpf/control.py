@@ -26,6 +26,8 @@ COOKIE_BYTES = 16  # of a service, in its heartbeats
 FRAME = bytes(64)  # what flush and sweep are run on: a vessel to overwrite
 FLUSH_ROUNDS = 100_000  # flows a flush may touch before it says that something is wrong
 GAUGE_FLOW_TOP = 2  # bpf/maps.h
+PAIR_WORDS = 5  # of 8 bytes in struct pair (bpf/types.h)
+KEPT_EPOCH_WORD = 4
 EXEMPT_FIELDS_BITS = 32  # of struct exempt_key before `remote`: a prefix of the trie covers them always
 MAPPED_4 = bytes(10) + b"\xff\xff"  # begins an IPv4 address written as IPv6
 
@@ -95,7 +97,10 @@ class Control:
     # ---- state of a pair -------------------------------------------------------------------------------------------
 
     def _words(self, pair: int) -> Any:
-        """The pair's entry as words of 8 bytes in the map's own memory: state and epoch, the deadline, `open_after`."""
+        """The pair's entry as words of 8 bytes in the map's own memory: state and epoch, the deadline, `open_after`,...
+
+        (struct pair of bpf/types.h).
+        """
         if not 0 <= pair < MAX_PAIRS:
             raise ConfigError(f"pair {pair}: must be below {MAX_PAIRS}")
         if self._memory is None:
@@ -103,7 +108,7 @@ class Control:
                 self._memory = mmap.mmap(self.fd("pairs"), mmap.PAGESIZE)
             except OSError as e:  # made without BPF_F_MMAPABLE
                 raise BpfError(f"{self.pin_dir} has maps of another version: detach, then load again") from e
-        return (ct.c_uint64 * 3).from_buffer(self._memory, pair * ct.sizeof(self.shapes.leaf("pairs")))
+        return (ct.c_uint64 * PAIR_WORDS).from_buffer(self._memory, pair * ct.sizeof(self.shapes.leaf("pairs")))
 
     def _write(self, pair: int, state: State, epoch: int) -> None:
         # one store: the programs see both change together
@@ -179,11 +184,18 @@ class Control:
         return self.kick()
 
     def clear_translations(self, pair: int) -> int:
-        """On a secondary: the SVM is (about to be) a copy of the PVM, each offset is zero. Returns the new epoch."""
+        """On a secondary: the SVM is (about to be) a copy of the PVM, each offset is zero. Returns the new epoch.
+
+        Until settle_translations() a connection's offset comes back if the SVM goes on with its own numbers after all.
+        """
         before = self.state(pair)
         epoch = (before.epoch + 1) & 0xFFFFFFFF
         self._write(pair, before.state, epoch)
         return epoch
+
+    def settle_translations(self, pair: int) -> None:
+        """On a secondary: the checkpoint has committed, what was learnt before its epoch is void."""
+        self._words(pair)[KEPT_EPOCH_WORD] = self.state(pair).epoch
 
     def kick(self) -> int:
         """Sends whatever may leave. Returns how many packets were released meanwhile."""

@@ -47,6 +47,7 @@ def checkpoint(plan: LabPlan) -> dict[str, int]:
     # An engine without a `suspended` of its own needs the careful order (docs/design.md, section 3).
     with inside(plan.namespace("secondary")), Control.open(plan.pin_dir("secondary")) as control:
         control.clear_translations(PAIR)
+        control.settle_translations(PAIR)
     with inside(plan.namespace("primary")), Control.open(plan.pin_dir("primary")) as control:
         epoch = control.suspend(PAIR)
         return {"epoch": epoch, "flushed": control.commit(PAIR)}

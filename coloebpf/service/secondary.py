@@ -50,6 +50,7 @@ class Secondary(Supervisor):
             case messages.Committed():
                 self._prepared = False
                 synced = self.machine.state is State.SYNCING
+                self.out.control.settle_translations(self.number)
                 self.go(Trigger.SYNCED if synced else Trigger.COMMITTED, "this host has the whole state")
             case EngineWord():
                 self.engine_word(message)

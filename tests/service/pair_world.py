@@ -64,6 +64,9 @@ class Dataplane:
         self._write("clear", self.word.state, self.word.epoch + 1)
         return self.word.epoch
 
+    def settle_translations(self, pair: int) -> None:
+        self._story.append(f"{self._host} settle")
+
     def kick(self) -> int:
         self._story.append(f"{self._host} kick")
         return 0

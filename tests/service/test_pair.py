@@ -48,7 +48,7 @@ def test_a_protection_begins() -> None:
         steps = [step for step in world.story if "deadline" not in step]
         assert steps[:4] == ["p syncing", "s syncing", "p request", "p suspend"]
         assert sorted(steps[4:6]) == ["p commit", "s clear"]  # the secondary hears of it while the engine goes on
-        assert steps[6:] == ["s lockstep"]
+        assert steps[6:] == ["s settle", "s lockstep"]
         assert world.primary.ledger.commits == {"initial": 1}
 
     play(test)
@@ -58,7 +58,16 @@ def test_the_careful_order_at_the_beginning() -> None:
     async def test(world: World) -> None:
         await world.protected()
         steps = [step for step in world.story if "deadline" not in step]
-        assert steps == ["p syncing", "s syncing", "s clear", "p request", "p suspend", "p commit", "s lockstep"]
+        assert steps == [
+            "p syncing",
+            "s syncing",
+            "s clear",
+            "p request",
+            "p suspend",
+            "p commit",
+            "s settle",
+            "s lockstep",
+        ]
 
     play(test, careful=True)
 
@@ -203,8 +212,20 @@ def test_a_secondary_that_was_a_replica_and_is_none() -> None:
 @pytest.mark.parametrize(
     ("careful", "steps"),
     [
-        (False, ["p request", "p suspend", "s checkpointing", "s clear", "p commit", "s lockstep"]),
-        (True, ["p checkpointing", "s checkpointing", "s clear", "p request", "p suspend", "p commit", "s lockstep"]),
+        (False, ["p request", "p suspend", "s checkpointing", "s clear", "p commit", "s settle", "s lockstep"]),
+        (
+            True,
+            [
+                "p checkpointing",
+                "s checkpointing",
+                "s clear",
+                "p request",
+                "p suspend",
+                "p commit",
+                "s settle",
+                "s lockstep",
+            ],
+        ),
     ],
 )
 def test_a_checkpoint_for_a_divergence(careful: bool, steps: list[str]) -> None:

@@ -169,11 +169,78 @@ def test_a_checkpoint_makes_every_offset_zero(rig: Rig) -> None:
     c = Connection(rig)
     c.open()
     rig.control.clear_translations(1)
+    rig.control.settle_translations(1)
     out = c.svm(5, b"x", ack=CLIENT_ISN + 1, options=c.stamp(SVM_TS, 2))
     assert (out.seq, options(out)["Timestamp"]) == ((SVM_ISN + 5) & M32, (SVM_TS, 2))
     into = c.client(1, ack=PVM_ISN + 9, options=c.stamp(2, PVM_TS))
     assert into is not None
     assert (into.ack, options(into)["Timestamp"]) == (PVM_ISN + 9, (2, PVM_TS))
+
+
+def speaks_for_the_pvm(c: Connection, seq: int, data: bytes = b"x") -> TCP:
+    """What S2 makes of a segment of a copy of the PVM; `seq` counted from the PVM's ISN."""
+    return c.svm(PVM_ISN - SVM_ISN + seq, data, ack=CLIENT_ISN + 1)
+
+
+def test_until_the_commit_the_svm_itself_tells_whether_it_is_a_copy(rig: Rig, where: dict[str, Any]) -> None:
+    """The primary can die between `prepare` and `committed`, and nobody is left who could say which SVM was promoted."""
+    old, new = Connection(rig, **where), Connection(rig, **where)
+    for c in (old, new):
+        c.open()
+        assert c.svm(1, b"answer", ack=CLIENT_ISN + 1).seq == PVM_ISN + 1
+    rig.control.clear_translations(1)
+    for c in (old, new):
+        into = c.client(1, ack=PVM_ISN + 7)
+        assert into is not None
+        assert into.ack == PVM_ISN + 7, "right for a copy; the old SVM answers it with an ACK of its own"
+    rig.control.clear_translations(1)  # the next request, as that one has failed
+    assert old.svm(7, b"more", ack=CLIENT_ISN + 1, options=old.stamp(SVM_TS, 2)).seq == PVM_ISN + 7
+    assert speaks_for_the_pvm(new, 7).seq == PVM_ISN + 7
+    for c, ack in ((old, SVM_ISN + 11), (new, PVM_ISN + 11)):
+        into = c.client(1, b"go on", ack=PVM_ISN + 11)
+        assert into is not None
+        assert into.ack == ack & M32
+    assert speaks_for_the_pvm(new, 8).seq == PVM_ISN + 8
+
+
+def test_a_commit_ends_all_doubt(rig: Rig) -> None:
+    c, seen = Connection(rig), Connection(rig)
+    c.open()
+    rig.control.clear_translations(1)
+    rig.control.settle_translations(1)
+    rig.control.clear_translations(1)
+    assert c.svm(1, b"x", ack=CLIENT_ISN + 1).seq == (SVM_ISN + 1) & M32, "older than the last commit"
+    seen.open()
+    rig.control.settle_translations(1)
+    assert seen.svm(1, b"x", ack=CLIENT_ISN + 1).seq == PVM_ISN + 1, (
+        "opened by the new SVM, before the commit was heard of"
+    )
+
+
+def test_what_the_old_svm_opened_in_the_moment_of_a_checkpoint_is_void_for_the_copy(rig: Rig) -> None:
+    c, pvm_isn = Connection(rig), PVM_ISN + 2**30  # with numbers near each other nothing is certain, and all stays
+    rig.control.clear_translations(1)
+    assert c.client(0, flags="S", ack=0) is not None
+    assert c.svm(0, flags="SA", ack=CLIENT_ISN + 1).seq == SVM_ISN
+    assert c.client(1, ack=pvm_isn + 1) is not None
+    rig.control.settle_translations(1)
+    wrong = c.client(1, b"request", ack=pvm_isn + 1)
+    assert wrong is not None
+    assert wrong.ack == (SVM_ISN + 1) & M32, "which the copy answers with an ACK of its own"
+    assert c.svm(pvm_isn - SVM_ISN + 1, ack=CLIENT_ISN + 1).seq == pvm_isn + 1
+    again = c.client(1, b"request", ack=pvm_isn + 1)
+    assert again is not None
+    assert again.ack == pvm_isn + 1
+
+
+def test_a_retransmission_far_back_does_not_put_the_numbers_in_doubt(rig: Rig) -> None:
+    c = Connection(rig)
+    c.open()
+    for seq in (1, 10_000_000, 20_000_000, 15_000_000, 21_000_000):
+        assert c.svm(seq, b"x" * 100, ack=CLIENT_ISN + 1).seq == PVM_ISN + seq
+    reset = c.svm(0 - SVM_ISN, flags="RA", ack=CLIENT_ISN + 1)  # a reset of what never was has number 0
+    assert reset.seq == 0
+    assert c.svm(21_000_100, b"x", ack=CLIENT_ISN + 1).seq == PVM_ISN + 21_000_100
 
 
 def test_a_connection_from_before_the_checkpoint_keeps_its_numbers(rig: Rig) -> None:
