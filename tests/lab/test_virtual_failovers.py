@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import statistics
 import threading
 import time
@@ -17,11 +16,10 @@ from contextlib import suppress
 import pytest
 
 from coloebpf.errors import ColoError
-from coloebpf.lab import commands, guests, image, needs, services
+from coloebpf.lab import services
 from coloebpf.lab.history import History
 from coloebpf.lab.plan import LabPlan
-from tests.lab.conftest import new_name
-from tests.lab.virtual_lab import PEER_TIMEOUT_MS, VirtualLab, until
+from tests.lab.virtual_lab import VirtualLab, until, virtual_lab
 
 FAILOVERS = int(os.environ.get("COLO_FAILOVERS", "3"))
 CHECKPOINTS = int(os.environ.get("COLO_CHECKPOINTS", "100"))
@@ -39,14 +37,8 @@ pytestmark = [
 
 @pytest.fixture
 def lab() -> Iterator[VirtualLab]:
-    missing = [tool for tool in needs.VIRTUAL if shutil.which(tool) is None]
-    if missing or image.find_kernel() is None:
-        pytest.skip(f"{', '.join(missing) or 'the cloud kernel'} missing: run deploy/install-deps.sh lab")
-    plan = LabPlan(new_name(), "qemu", service=True, peer_timeout_ms=PEER_TIMEOUT_MS)
-    running: services.Running = {}
-    with commands.temporary(plan, lambda plan: running.update(services.bring_up(plan))):
-        yield VirtualLab(plan, running)
-    assert guests.end_all(plan) == 0
+    with virtual_lab() as lab:
+        yield lab
 
 
 @pytest.fixture

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from coloebpf.lab import machine, services
+import pytest
+
+from coloebpf.lab import commands, guests, image, machine, needs, services
 from coloebpf.lab.history import History
 from coloebpf.lab.plan import HOSTS, LabPlan
+from tests.lab.conftest import new_name
 
 SOON = 60.0  # seconds that anything may take: two emulated machines and both services share this one's CPUs
 # The services wait for the CPU too: silence for less is no sign of a lost host here.
 PEER_TIMEOUT_MS = 1000
+RELOADED = "configuration is reloaded"  # in a service's log
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,18 @@ class VirtualLab:
         services.checkpoint(self.plan, self.primary)
         return time.monotonic() - began
 
+    def reconfigure(self, pair_changes: str) -> None:
+        """Changes the primary's file and has it read again."""
+        services.configure(self.plan, self.primary, pair_changes=pair_changes, primary=self.primary)
+        log = services.directory(self.plan, self.primary) / services.LOG
+        before = log.read_text().count(RELOADED)
+        self.running[self.primary].send_signal(signal.SIGHUP)
+        until(lambda: log.read_text().count(RELOADED) > before, "the changed file is taken")
+
+    def commits(self) -> int:
+        """Checkpoints that the primary's service has made."""
+        return sum(self.pair(self.primary)["checkpoints"].values())
+
     def lose_the_primary(self, history: History) -> None:
         """Its host loses its power, the other one takes over, and every client is answered again."""
         history.gap()
@@ -98,6 +117,19 @@ class VirtualLab:
             slots=int(slots["total"] - slots["free"]),
             devices=sum(len(os.listdir(f"/proc/{pid}/net/dev_snmp6")) for pid in pids),
         )
+
+
+@contextmanager
+def virtual_lab(protected: bool = True) -> Iterator[VirtualLab]:
+    """One of its own for a test; skips where a piece is missing. Nothing of it may outlive the test."""
+    missing = [tool for tool in needs.VIRTUAL if shutil.which(tool) is None]
+    if missing or image.find_kernel() is None:
+        pytest.skip(f"{', '.join(missing) or 'the cloud kernel'} missing: run deploy/install-deps.sh lab")
+    plan = LabPlan(new_name(), "qemu", service=True, peer_timeout_ms=PEER_TIMEOUT_MS)
+    running: services.Running = {}
+    with commands.temporary(plan, lambda plan: running.update(services.bring_up(plan, protected))):
+        yield VirtualLab(plan, running)
+    assert guests.end_all(plan) == 0
 
 
 def until(condition: Callable[[], object], what: str, timeout: float = SOON) -> None:
