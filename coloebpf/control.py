@@ -62,6 +62,7 @@ class Control:
         self._fds: dict[str, int] = {}
         self._events: EventReader | None = None
         self._memory: mmap.mmap | None = None
+        self._entries: dict[int, Any] = {}  # of `pairs`, in its memory
 
     @classmethod
     def open(cls, pin_dir: Path) -> Control:
@@ -75,6 +76,7 @@ class Control:
         if self._events is not None:
             self._events.close()
             self._events = None
+        self._entries.clear()
         if self._memory is not None:
             self._memory.close()
             self._memory = None
@@ -101,6 +103,8 @@ class Control:
 
         (struct pair of bpf/types.h).
         """
+        if pair in self._entries:
+            return self._entries[pair]
         if not 0 <= pair < MAX_PAIRS:
             raise ConfigError(f"pair {pair}: must be below {MAX_PAIRS}")
         if self._memory is None:
@@ -108,7 +112,9 @@ class Control:
                 self._memory = mmap.mmap(self.fd("pairs"), mmap.PAGESIZE)
             except OSError as e:  # made without BPF_F_MMAPABLE
                 raise BpfError(f"{self.pin_dir} has maps of another version: detach, then load again") from e
-        return (ct.c_uint64 * PAIR_WORDS).from_buffer(self._memory, pair * ct.sizeof(self.shapes.leaf("pairs")))
+        at = pair * ct.sizeof(self.shapes.leaf("pairs"))
+        self._entries[pair] = (ct.c_uint64 * PAIR_WORDS).from_buffer(self._memory, at)
+        return self._entries[pair]
 
     def _write(self, pair: int, state: State, epoch: int) -> None:
         # one store: the programs see both change together

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from coloebpf.errors import ArbiterError, EngineError, PairError
+from coloebpf.errors import ArbiterError, ColoError, EngineError, PairError
 from coloebpf.model import State
 from coloebpf.service.arbiters.base import Grant, Refusal
 from coloebpf.service.asking import Asker
@@ -40,7 +40,7 @@ class Primary(Parting):
         super().__init__(config, make_engine, outside)
         self.ledger = Ledger(Timings.of(config))
         self._timer: asyncio.TimerHandle | None = None
-        self._asker = Asker(self.number, self.engine, outside.send, self._stop_proving)
+        self._asker = Asker(self.number, outside.send, self._stop_proving, self._ask_engine, self._give_up)
         self._beginning: asyncio.Task[None] | None = None
 
     def resume(self) -> None:
@@ -52,6 +52,7 @@ class Primary(Parting):
     async def stop(self) -> None:
         """See Supervisor."""
         self._look_again(0)
+        self._asker.stop()
         await super().stop()
 
     def reconfigure(self, config: PairConfig) -> None:
@@ -106,21 +107,38 @@ class Primary(Parting):
 
     def _request(self, wish: Wish) -> None:
         pending = self.ledger.requested(wish, self.out.clock())
+        if self.engine.signals_suspended:
+            self._ask_engine(pending.number)
+        else:
+            self._asker.prepare(pending.number)
+        # Behind the deed: a line takes longer to write than the message.
         self.say(logging.INFO, "checkpoint", trigger=wish.trigger, reason=wish.reason, request=pending.number)
-        self.spawn(self._ask_engine(pending.number))
 
-    async def _ask_engine(self, request: int) -> None:
+    def _ask_engine(self, request: int) -> None:
+        self.spawn(self._asked(request))
+
+    async def _asked(self, request: int) -> None:
         try:
-            await self._asker.ask(request)
-        except (EngineError, PairError) as e:
-            if self.ledger.pending is not None and self.ledger.pending.number == request:
-                self._failed(str(e), fatal=False)
+            await self.engine.request_checkpoint()
+        except EngineError as e:
+            self._give_up(request, e)
 
-    def _stop_proving(self) -> None:
+    def _give_up(self, request: int, why: ColoError) -> None:
+        if self.ledger.pending is not None and self.ledger.pending.number == request:
+            self._failed(str(why), fatal=False)
+
+    def _stop_proving(self, then: Callable[[], object]) -> None:
         if self.peer_state is None:
             raise PairError("there is no link to the secondary")
+
+        def stop() -> None:
+            self.out.control.set_state(self.number, State.CHECKPOINTING)
+            then()
+
         if self.machine.state is State.LOCKSTEP:
-            self.go(Trigger.SUSPENDED, "the secondary prepares")
+            self.go(Trigger.SUSPENDED, "the secondary prepares", stop)
+        else:
+            then()
 
     def prepared(self, request: int) -> None:
         """See Parting."""

@@ -184,7 +184,8 @@ def decide(view: PairView) -> Decision:
     if view.state not in RULES:
         return Decision(None, view.mode, 0)
     mode, why = mode_of(view)
-    view = replace(view, mode=mode)
+    if mode != view.mode:
+        view = replace(view, mode=mode)
     times = view.timings
     if view.pending_request_ns and view.state is State.SYNCING:
         return Decision(None, mode, 0, why)  # the first copy takes what it takes: nothing is held meanwhile

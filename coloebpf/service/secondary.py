@@ -39,9 +39,9 @@ class Secondary(Supervisor):
             case StateNote():
                 self.peer_says(message.state, live=True)
             case Prepare():
-                if self._clear("the primary asks for a checkpoint"):
+                answer = Prepared(self.number, message.request)
+                if self._clear("the primary asks for a checkpoint", lambda: self.out.send(answer)):
                     self._prepared = True
-                    self.out.send(Prepared(self.number, message.request))
                 else:
                     self.tell_state()
             case messages.Suspended():
@@ -74,15 +74,20 @@ class Secondary(Supervisor):
         elif state is State.HALTED and live and self.machine.state in REPLICATED:
             self._offered()
 
-    def _clear(self, reason: str) -> bool:
-        """What the old SVM's numbers were is of no use any more; it is about to be a copy of the PVM."""
-        return self.machine.state in FOLLOWING and self.go(Trigger.SUSPENDED, reason, self._cleared)
+    def _clear(self, reason: str, then: Callable[[], object] = lambda: None) -> bool:
+        """What the old SVM's numbers were is of no use any more; it is about to be a copy of the PVM.
 
-    def _cleared(self) -> None:
-        if self.machine.state is not State.SYNCING:
-            self.out.control.set_state(self.number, State.CHECKPOINTING)
-        if self.engine.copies:
-            self.out.control.clear_translations(self.number)
+        `then` comes before the log's line: the primary waits for it.
+        """
+
+        def clear() -> None:
+            if self.machine.state is not State.SYNCING:
+                self.out.control.set_state(self.number, State.CHECKPOINTING)
+            if self.engine.copies:
+                self.out.control.clear_translations(self.number)
+            then()
+
+        return self.machine.state in FOLLOWING and self.go(Trigger.SUSPENDED, reason, clear)
 
     def go(self, trigger: Trigger, reason: str, write: Callable[[], object] | None = None) -> bool:
         """See Supervisor. Whether the primary may speak because of this host follows."""

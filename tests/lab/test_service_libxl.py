@@ -26,10 +26,8 @@ from tests.service.fake_systemd import FakeSystemd
 pytestmark = pytest.mark.lab
 PORT = 9000
 DIVERGENCE = 1  # enum event_kind of bpf/types.h
-ROUNDS = 40
-MOST_MS = (
-    3.0  # the median: 0.4 ms to the decision, 0.9 ms for the secondary's preparation and back, on two CPUs for all
-)
+ROUNDS = 100
+MOST_MS = 2.0  # the median, which is 1 ms: caches are cold when the machine has other things to do
 # Every divergence is to ask at once, however many there are.
 EAGER = "interval_min_ms = 0\nstorm_count = 10000"
 
@@ -89,6 +87,9 @@ def event_ns(lab: ServiceLab) -> int:
 def test_from_the_event_to_the_request_on_the_engines_socket(
     lab: ServiceLab, libxl: Libxl, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for process in (*lab.running.values(), libxl.process):
+        # Else it would be the time that the machine's other programs take.
+        os.sched_setscheduler(process.pid, os.SCHED_FIFO, os.sched_param(1))
     lab.set_apart("who", "the primary says", "the other's word")
     took_ms = []
     for _ in range(ROUNDS):
@@ -99,8 +100,8 @@ def test_from_the_event_to_the_request_on_the_engines_socket(
         client.abort()
         time.sleep(0.02)
     with capsys.disabled():
-        worst = sorted(took_ms)[-ROUNDS // 20]
-        print(f"\n  event to request: median {statistics.median(took_ms):.2f} ms, 95 % {worst:.2f} ms")
+        worst = sorted(took_ms)[-1 - ROUNDS // 100]
+        print(f"\n  event to request: median {statistics.median(took_ms):.2f} ms, 99 % {worst:.2f} ms")
     assert statistics.median(took_ms) < MOST_MS
 
 
@@ -109,8 +110,8 @@ def test_given_systemd_when_the_service_is_killed_then_libxl_notices_nothing(
 ) -> None:
     """Not by this service, which systemd has not started: by the one after it, and its successor."""
     systemd = FakeSystemd(tmp_path)
+    lab.kill("primary")  # before libxl's end, which it would take for the secondary's
     libxl.close()
-    lab.kill("primary")
     command = ("-m", "coloebpf", "run", "--config", str(services.directory(lab.plan, "primary") / "coloebpf.toml"))
     with inside(lab.plan.namespace("primary")):
         first = systemd.start(*command)

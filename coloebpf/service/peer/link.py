@@ -37,7 +37,6 @@ HALF_OPEN = 8  # connections without a hello, for the peer's address and for all
 BACKLOG = 16  # connections the kernel may keep for us
 RETRY_FIRST, RETRY_LAST = 0.05, 1.0  # seconds between tries to connect: short, for every one costs protection
 HELD_LONG = 1.0  # seconds: a session that lasted so long was a good one, the next try comes at once
-STREAM_BYTES = 2 * messages.MAX_BYTES  # a reader stops taking bytes from the socket at twice that
 
 
 class PeerLink:
@@ -202,9 +201,8 @@ class PeerLink:
         session: Session | None = None
         try:
             async with asyncio.timeout(OPEN_TIMEOUT):
-                reader, writer = await self._secured(sock, address)
-            session = Session(reader, writer, source)
-            names = names_of(writer.get_extra_info("peercert"))
+                session = await self._secured(source, sock, address)
+            names = names_of(session.transport.get_extra_info("peercert"))
             if self.peer not in names:
                 raise MessageError("name", f"certificate of {', '.join(names) or 'nobody'} instead of {self.peer}")
             session.send(Hello(self.name, self._cookie, self._tries, self._lease_ns, tuple(self._pairs())))
@@ -224,19 +222,14 @@ class PeerLink:
             session.abort()
         return None
 
-    async def _secured(
-        self, sock: socket.socket | None, address: tuple[str, int] | None
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _secured(self, source: str, sock: socket.socket | None, address: tuple[str, int] | None) -> Session:
+        loop, session = asyncio.get_running_loop(), Session(source)
         if address is not None:
-            return await asyncio.open_connection(
-                *address, ssl=self._context, server_hostname=self.peer, limit=STREAM_BYTES
-            )
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=STREAM_BYTES, loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        assert sock is not None
-        transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, ssl=self._context)
-        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+            await loop.create_connection(lambda: session, *address, ssl=self._context, server_hostname=self.peer)
+        else:
+            assert sock is not None
+            await loop.connect_accepted_socket(lambda: session, sock, ssl=self._context)
+        return session
 
     def _judged(self, hello: Message) -> Hello:
         """Raises MessageError unless it is a hello that may become the session."""
@@ -275,26 +268,25 @@ class PeerLink:
 
     async def _read(self, session: Session) -> str:
         """Hands on what comes until the session ends; returns why it did."""
-        while True:
-            try:
-                async with asyncio.timeout(self._idle):
-                    message = await session.receive()
-                if isinstance(message, Hello):
-                    raise MessageError("malformed", "a second hello")
-            except MessageError as e:
-                self.refused.note(e.kind, session.source, str(e))
-                return str(e)
-            except TimeoutError:
-                self.refused.note("timeout", session.source, f"nothing for {self._idle:g} s")
-                return f"nothing came for {self._idle:g} s"
-            except asyncio.IncompleteReadError:
-                return "the peer has closed it"
-            except OSError as e:  # ssl.SSLError too, such as the alert of a server that refuses our certificate
-                return str(e) or type(e).__name__
-            if self._session is not session:
-                return "replaced"
-            self.received[message.TYPE] += 1
-            self._tell(self._on_message, message)
+        try:
+            await session.run(self._arrived, self._idle)
+        except MessageError as e:
+            self.refused.note(e.kind, session.source, str(e))
+            return str(e)
+        except TimeoutError:
+            self.refused.note("timeout", session.source, f"nothing for {self._idle:g} s")
+            return f"nothing came for {self._idle:g} s"
+        except asyncio.IncompleteReadError:
+            return "the peer has closed it"
+        except OSError as e:  # ssl.SSLError too, such as the alert of a server that refuses our certificate
+            return str(e) or type(e).__name__
+
+    def _arrived(self, message: Message) -> None:
+        """Of the present session: one that another has replaced was aborted, and hands on nothing."""
+        if isinstance(message, Hello):
+            raise MessageError("malformed", "a second hello")
+        self.received[message.TYPE] += 1
+        self._tell(self._on_message, message)
 
     def _drop(self, reason: str) -> None:
         session, self._session = self._session, None

@@ -264,7 +264,7 @@ def _plain(value: object) -> object:
 def encode(message: Message, seq: int) -> bytes:
     """The message as a frame. Raises MessageError if it is too long, which a field's bounds exclude."""
     fields = {f.name: _plain(getattr(message, f.name)) for f in dataclasses.fields(message)}
-    body = json.dumps({"v": VERSION, "type": message.TYPE, "seq": seq, **fields}, separators=(",", ":")).encode()
+    body = _ENCODER.encode({"v": VERSION, "type": message.TYPE, "seq": seq, **fields}).encode()
     if len(body) > MAX_BYTES:
         raise MessageError("oversized", f"a {message.TYPE} of {len(body)} bytes")
     return len(body).to_bytes(HEADER_BYTES, "big") + body
@@ -298,13 +298,19 @@ def decode(body: bytes, seq: int) -> Message:
         raise MessageError("malformed", f"{name}: {e}") from e
 
 
-def _json(body: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        return found if len(found) == len(pairs) else _wrong("a key comes twice")
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _wrong("a key comes twice")
 
+
+# Made once: json.dumps() and json.loads() would make them anew for each message.
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_wrong)
+
+
+def _json(body: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(body.decode(), object_pairs_hook=once, parse_constant=_wrong)
+        content = _DECODER.decode(body.decode())
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise MessageError("malformed", f"no JSON: {str(e)[:80]}") from e
     if not isinstance(content, dict):
