@@ -295,6 +295,9 @@ class Service:
         """Behind a restart: what ran before goes on, if this fails."""
         try:
             await self._load(self.config.pairs)
+            for number, sentence in enumerate(await self.hooks.detach_others(self.config.pairs)):
+                self.troubles[f"nic {number}"] = sentence
+                say(log, logging.ERROR, sentence)
         except ColoError as e:
             self.troubles["dataplane"] = f"the dataplane of the service before goes on, it can't be loaded anew: {e}"
             say(log, logging.ERROR, "the dataplane can't be loaded anew", error=e)

@@ -228,6 +228,21 @@ class EtcdConfig:
         keys.integer(1, 60, "seconds"), "how long the right to go on alone lasts after each renewal", 2
     )
     prefix: str = setting(keys.NAME, "prefix of its keys: /prefix/pair/...", "coloebpf")
+    ca: Path | None = setting(
+        keys.optional(keys.PATH, None, "none"),
+        "for https: of the authority of the members' certificates",
+        None,
+    )
+    certificate: Path | None = setting(
+        keys.optional(keys.PATH, None, "none"), "what this host shows to etcd, if that asks for a certificate", None
+    )
+    key: Path | None = setting(keys.optional(keys.PATH, None, "none"), "of that certificate", None)
+    user: str = setting(
+        keys.optional(keys.NAME, "", "none"), "of etcd, if that has authentication; reads and writes /prefix/", ""
+    )
+    password_file: Path | None = setting(
+        keys.optional(keys.PATH, None, "none"), "has the user's password as its first line", None
+    )
     request_timeout_ms: int = setting(ms(10, 60_000), "longest time for one answer", 500)
 
 

@@ -13,7 +13,7 @@ from coloebpf.service.config_keys import Address
 from coloebpf.service.config_reader import Reader
 
 if TYPE_CHECKING:
-    from coloebpf.service.config import Config, NicConfig, PairConfig
+    from coloebpf.service.config import Config, EtcdConfig, NicConfig, PairConfig
 
 LIBXL_INTERVAL_MS = 5000  # libxl checkpoints by itself after that time (shared/reference/xen-libxl-colo.md)
 HEARTBEATS = 2  # that may be late or lost before the other host is
@@ -146,12 +146,29 @@ def _arbiters(reader: Reader, config: Config, pairs: Pairs) -> None:
     etcd = config.arbiter.etcd if config.arbiter else None
     if etcd is None:
         return
+    _etcd_access(reader, etcd)
     for key, least in (
         (f"{RENEWALS} * arbiter.etcd.request_timeout_ms", RENEWALS * etcd.request_timeout_ms),
         ("peer.heartbeat_timeout_ms", config.peer.heartbeat_timeout_ms if config.peer else 0),
     ):
         if etcd.lease_s * 1000 < least:
             reader.wrong("arbiter.etcd.lease_s", f"is {etcd.lease_s}", f"must not be shorter than {key}: {least} ms")
+
+
+def _etcd_access(reader: Reader, etcd: EtcdConfig) -> None:
+    at = "arbiter.etcd"
+    secured = {url.startswith("https:") for url in etcd.endpoints}
+    if len(secured) > 1:
+        reader.wrong(f"{at}.endpoints", "are of http and https", "a cluster speaks one of them")
+    elif secured == {True} and etcd.ca is None:
+        reader.wrong(f"{at}.ca", "is missing", f"{at}.endpoints are of https: name the authority of their certificates")
+    elif secured == {False} and (etcd.ca or etcd.certificate or etcd.key):
+        reader.wrong(f"{at}.endpoints", "are of http", f"must be of https, for {at} has files for that")
+    for both in (("certificate", "key"), ("user", "password_file")):
+        there = [key for key in both if getattr(etcd, key)]
+        if len(there) == 1:
+            other = both[both[0] == there[0]]
+            reader.wrong(f"{at}.{other}", "is missing", f"goes with {at}.{there[0]}")
 
 
 def _peer(reader: Reader, config: Config) -> None:

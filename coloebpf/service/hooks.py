@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from coloebpf import pins
+from coloebpf import pins, snapshot
 from coloebpf.control import Control
 from coloebpf.dataplane import Dataplane
 from coloebpf.detaching import detach
@@ -84,6 +84,28 @@ class Hooks:
             self.control.set_exempts(nic.number, ())
             await asyncio.to_thread(self._loaded().detach, nic.number)
             say(log, logging.INFO, "detached", pair=pair.name, nic=nic.number, vif=nic.vif, fwd=nic.fwd)
+
+    async def detach_others(self, pairs: Iterable[PairConfig]) -> list[str]:
+        """Takes the programs off NICs that an earlier configuration had and `pairs` have not.
+
+        Not off those of a protected pair: what is held would be lost, and an SVM speak. Returns a sentence for each.
+        """
+        named = {nic.number for pair in pairs for nic in pair.nics}
+        kept = []
+        for nic in snapshot.attached(self.control):
+            if nic.id in named:
+                continue
+            state = self.control.state(nic.pair).state
+            if state in (State.UNPROTECTED, State.PASSTHROUGH):
+                self.control.set_exempts(nic.id, ())
+                await asyncio.to_thread(self._loaded().detach, nic.id)
+                say(log, logging.WARNING, "detached, for the configuration names it no more", nic=nic.id)
+            else:
+                kept.append(
+                    f"NIC {nic.id} of pair number {nic.pair}, which is {state.name.lower()}, is not in the file "
+                    "any more, and still attached: put it back, unprotect the pair, then take it out and restart"
+                )
+        return kept
 
     def exempt(self, pair: PairConfig) -> None:
         """Makes the maps have the pair's exemptions and no others; each is named in the log."""

@@ -105,6 +105,30 @@ def test_a_pair_goes_and_comes_by_reloads_but_not_while_it_is_protected(lab: Ser
     client.goes_on()
 
 
+def test_a_pair_that_is_missing_after_a_restart_is_detached_but_not_while_it_is_protected(lab: ServiceLab) -> None:
+    client = lab.fresh()
+    path = services.configure(lab.plan, "primary")
+    whole = path.read_text()
+    path.write_text(whole.partition("[[pair]]")[0])
+    lab.terminate("primary")
+    lab.start("primary")
+    until(partial(lab.warns, "primary", "which is lockstep, is not in the file any more"), "it says so")
+    assert "coloebpf" in filters(lab)
+    client.goes_on()
+    lab.terminate("primary")
+    path.write_text(whole)
+    lab.start("primary")
+    lab.in_lockstep()
+    assert not lab.warns("primary", "is not in the file")
+    services.client_of(lab.plan, "primary", "unprotect", pair=services.PAIR_NAME)
+    lab.terminate("primary")
+    path.write_text(whole.partition("[[pair]]")[0])
+    lab.start("primary")
+    until(lambda: "coloebpf" not in filters(lab), "the programs are gone from it")
+    client.goes_on()
+    assert not lab.warns("primary", "is not in the file")
+
+
 def test_detach_takes_the_dataplane_away_when_nobody_needs_it(lab: ServiceLab) -> None:
     client = lab.fresh()
     detach = ["lab", "exec", "--name", lab.plan.name, "primary", "--", *CLI, "detach", "--config"]

@@ -29,15 +29,23 @@ def free_ports(count: int) -> list[int]:
 class Member:
     """One etcd process; its data survives a restart."""
 
-    def __init__(self, name: str, directory: Path, client: int, peer: int, cluster: str, listen: str) -> None:
+    def __init__(
+        self, name: str, directory: Path, client: int, peer: int, cluster: str, listen: str, tls: Sequence[str] = ()
+    ) -> None:
+        """`tls`: its arguments for that; its name is localhost then, as the certificate has to have it."""
         self.name, self.port, self.url = name, client, f"http://{listen}:{client}"
+        self._health = self.url
+        if tls:
+            self.url, self._health = f"https://localhost:{client}", f"http://127.0.0.1:{free_ports(1)[0]}"
+            tls = (*tls, "--listen-metrics-urls", self._health)
         self._directory = directory / name
         self._log = directory / f"{name}.log"
         self._arguments = (
-            "etcd", "--name", name, "--data-dir", str(self._directory), "--listen-client-urls", self.url,
+            "etcd", "--name", name, "--data-dir", str(self._directory),
+            "--listen-client-urls", self.url.replace("localhost", "127.0.0.1"),
             "--advertise-client-urls", self.url, "--listen-peer-urls", f"http://127.0.0.1:{peer}",
             "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}", "--initial-cluster", cluster,
-            "--logger", "zap",
+            "--logger", "zap", *tls,
         )  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,7 +76,7 @@ class Member:
 
     def healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=1) as answer:
+            with urllib.request.urlopen(f"{self._health}/health", timeout=1) as answer:
                 return b'"true"' in answer.read()
         except OSError:
             return False
@@ -80,12 +88,14 @@ class Member:
             time.sleep(0.05)
 
 
-def cluster(directory: Path, size: int, listen: str = "127.0.0.1") -> list[Member]:
+def cluster(directory: Path, size: int, listen: str = "127.0.0.1", tls: Sequence[str] = ()) -> list[Member]:
     """Members that were started and answer."""
     ports = free_ports(2 * size)
     names = [f"m{number}" for number in range(size)]
     together = ",".join(f"{name}=http://127.0.0.1:{ports[size + i]}" for i, name in enumerate(names))
-    members = [Member(name, directory, ports[i], ports[size + i], together, listen) for i, name in enumerate(names)]
+    members = [
+        Member(name, directory, ports[i], ports[size + i], together, listen, tls) for i, name in enumerate(names)
+    ]
     for member in members:
         member.start()
     for member in members:

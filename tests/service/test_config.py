@@ -151,6 +151,11 @@ def test_what_a_file_reads_as() -> None:
         ([("192.0.2.2:7788", "192.0.2.1:7788")], "peer.connect", "as peer.listen is", "other host's"),
         ([('name = "b"', 'name = "b"\nheartbeat_timeout_ms = 100')], "peer.heartbeat_timeout_ms", "is 100", "above 2 * heartbeat_interval_ms, which is 100"),
         ([("[arbiter.etcd]", "[arbiter.etcd]\nlease_s = 1")], "arbiter.etcd.lease_s", "is 1", "3 * arbiter.etcd.request_timeout_ms: 1500 ms"),
+        ([("http://", "https://")], "arbiter.etcd.endpoints", "are of http and https", "one of them"),
+        ([("http://", "https://"), (', "http://', ', "https://')], "arbiter.etcd.ca", "is missing", "name the authority"),
+        ([("[arbiter.etcd]", '[arbiter.etcd]\nca = "/ca.pem"')], "arbiter.etcd.endpoints", "are of http", "must be of https"),
+        ([("[arbiter.etcd]", '[arbiter.etcd]\nuser = "lock"')], "arbiter.etcd.password_file", "is missing", "goes with arbiter.etcd.user"),
+        ([("[arbiter.etcd]", '[arbiter.etcd]\npassword_file = "/p"')], "arbiter.etcd.user", "is missing", "goes with"),
         ([('name = "b"', 'name = "b"\nheartbeat_timeout_ms = 2001')], "arbiter.etcd.lease_s", "is 2", "peer.heartbeat_timeout_ms: 2001 ms"),
     ],
 )  # fmt: skip

@@ -467,6 +467,17 @@ def test_a_peer_that_answers_and_one_that_does_not(root: Path) -> None:
     assert (found.level, found.text) == (WARN, f"b at 127.0.0.1:{port} can't be reached: Connection refused")
 
 
+def test_a_peer_that_connects_itself_need_not_listen(root: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    config = with_peer(example_config(), name="Z", connect=Address("127.0.0.1", port))  # before this host's "a"
+    (found,) = link.peer(host(root, config))
+    assert found.level == OK
+    assert "its service connects to this one" in found.text
+    nowhere = with_peer(config, connect=Address("192.0.2.77", 1))
+    assert levels(link.peer(host(root, nowhere))) == [WARN]
+
+
 def test_the_service_and_its_warnings(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
     config = example_config()

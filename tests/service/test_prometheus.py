@@ -20,39 +20,36 @@ from coloebpf.lab import commands, redis
 from coloebpf.lab.plan import LabPlan
 from coloebpf.netns import inside
 from tests.service import exprs
+from tests.service.etcds import free_ports
 
 pytestmark = [
     pytest.mark.lab,
     pytest.mark.skipif(not shutil.which("prometheus"), reason="Debian's package prometheus is not installed"),
 ]
-PORT, EXPORTER, SERVICE = (
-    9090,
-    9878,
-    9877,
-)  # the exporter shows a status with everything in it; the lab's own service, its own
+SERVICE = 9877  # the lab's own service has its default, in a namespace of its own
 WAIT = 30.0  # seconds for Prometheus to start, or to have scraped something
 CLI = (sys.executable, "-m", "coloebpf", "lab")
 SIZE = 100_000
-CONFIG = f"""
+CONFIG = """
 global: {{scrape_interval: 1s, evaluation_interval: 1s}}
 scrape_configs:
   - job_name: coloebpf
-    static_configs: [targets: ["127.0.0.1:{EXPORTER}"]]
+    static_configs: [targets: ["127.0.0.1:{exporter}"]]
   - job_name: service
-    static_configs: [targets: ["127.0.0.1:{SERVICE}"]]
-rule_files: ["{exprs.RULES}"]
+    static_configs: [targets: ["127.0.0.1:{service}"]]
+rule_files: ["{rules}"]
 """
 
 
 class Prometheus:
     """Its HTTP interface, inside the primary's network namespace."""
 
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
+    def __init__(self, namespace: str, port: int) -> None:
+        self._namespace, self._port = namespace, port
 
     def ask(self, path: str, **query: str) -> Any:
         with inside(self._namespace):
-            url = f"http://127.0.0.1:{PORT}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+            url = f"http://127.0.0.1:{self._port}/api/v1/{path}?{urllib.parse.urlencode(query)}"
             with urllib.request.urlopen(url, timeout=10) as answer:
                 found = json.load(answer)
         assert found["status"] == "success"
@@ -89,8 +86,11 @@ def lab() -> Iterator[LabPlan]:
 @pytest.fixture(scope="module")
 def prometheus(lab: LabPlan, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     home = tmp_path_factory.mktemp("prometheus")
-    (home / "prometheus.yml").write_text(CONFIG)
     subprocess.run([*CLI, "exec", "--name", lab.name, "primary", "--", "ip", "link", "set", "lo", "up"], check=True)
+    with inside(lab.namespace("primary")):
+        port, shown = free_ports(2)
+    # The exporter shows a status with everything in it.
+    (home / "prometheus.yml").write_text(CONFIG.format(exporter=shown, service=SERVICE, rules=exprs.RULES))
 
     def start(*words: str, **options: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -99,7 +99,7 @@ def prometheus(lab: LabPlan, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
     with ExitStack() as running:
         exporter = start(
-            *(sys.executable, "-m", "tests.service.exporter", str(lab.pin_dir("primary")), str(EXPORTER)),
+            *(sys.executable, "-m", "tests.service.exporter", str(lab.pin_dir("primary")), str(shown)),
             stdout=subprocess.PIPE,
         )
         running.callback(exporter.wait)
@@ -109,13 +109,13 @@ def prometheus(lab: LabPlan, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         log = running.enter_context((home / "log").open("w"))
         server = start(
             *("prometheus", f"--config.file={home}/prometheus.yml", f"--storage.tsdb.path={home}/data"),
-            *(f"--web.listen-address=127.0.0.1:{PORT}", "--log.level=warn"),
+            *(f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"),
             stdout=log,
             stderr=log,
         )
         running.callback(server.wait)
         running.callback(server.kill)
-        found = Prometheus(lab.namespace("primary"))
+        found = Prometheus(lab.namespace("primary"), port)
         found.wait(lambda: found.value('up{job="coloebpf"}') == 1)
         yield found
 
@@ -171,9 +171,13 @@ def test_the_rules_run_and_find_what_the_status_says(prometheus: Prometheus) -> 
 
     assert [rule["name"] for rule in rules()] == exprs.alerts()
     prometheus.wait(lambda: all(rule["health"] == "ok" for rule in rules()))
-    states = {rule["name"]: rule["state"] for rule in rules()}
-    assert states["ColoebpfHeartbeatPathLost"] in ("pending", "firing")
-    assert states["ColoebpfPairHalted"] == states["ColoebpfDown"] == "inactive"
+
+    def found() -> bool:
+        states = {rule["name"]: rule["state"] for rule in rules()}
+        quiet = states["ColoebpfPairHalted"] == states["ColoebpfDown"] == "inactive"
+        return quiet and states["ColoebpfHeartbeatPathLost"] in ("pending", "firing")
+
+    prometheus.wait(found)  # the rules may have been asked before the first scrape
 
 
 @pytest.mark.parametrize("expression", exprs.dashboard_expressions())

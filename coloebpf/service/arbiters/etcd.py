@@ -53,7 +53,6 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import requests
 from etcd3gw.client import Etcd3Client
@@ -62,6 +61,7 @@ from etcd3gw.lease import Lease
 
 from coloebpf.errors import ArbiterError
 from coloebpf.service.arbiters.base import NS_PER_S, RETRY_S, Grant, Protected, Refusal
+from coloebpf.service.arbiters.etcd_access import client
 from coloebpf.service.config import EtcdConfig
 from coloebpf.service.log import say
 from coloebpf.service.peer.witness import DRIFT, IN_FLIGHT_NS
@@ -74,7 +74,7 @@ HEDGE_S = 0.05  # seconds without an answer after which the next member is asked
 WORKERS = 8  # requests at the same time and member: as many pairs may ask at once without waiting for each other
 CHANGES = 5  # tries to change a key that others change, too
 # What a request may fail with: etcd's own no, HTTP that ends in the middle, and answers that are no JSON or lack a key.
-FAILURES = (Etcd3Exception, requests.RequestException, ValueError, KeyError, TypeError)
+FAILURES = (Etcd3Exception, requests.RequestException, OSError, ValueError, KeyError, TypeError)
 
 
 class EtcdArbiter:
@@ -86,7 +86,7 @@ class EtcdArbiter:
         self._host, self._clock = host, clock
         self._ttl, self._timeout = config.lease_s, config.request_timeout_ms / 1000
         self._prefix = config.prefix
-        self._members = [_client(url, self._timeout) for url in config.endpoints]  # the one that answered last in front
+        self._members = [client(url, config) for url in config.endpoints]  # the one that answered last in front
         self._pools = {id(m): ThreadPoolExecutor(WORKERS, thread_name_prefix="etcd") for m in self._members}
         self._leases: dict[str, int] = {}  # pair -> number of the lease that its speaker has
 
@@ -94,7 +94,7 @@ class EtcdArbiter:
 
     async def check(self) -> None:
         """Raises ArbiterError unless a quorum answers."""
-        await self._get("check")
+        await self._get(f"/{self._prefix}/check")
 
     async def begin(self, pair: Protected) -> None:
         right, speaker = self._key(pair, "right"), self._key(pair, "speaker")
@@ -233,22 +233,17 @@ class EtcdArbiter:
             future.cancel()  # one that runs already ends by its own timeout, unheard
 
 
-def _client(url: str, timeout: float) -> Etcd3Client:
-    parts = urlsplit(url)
-    return Etcd3Client(
-        host=parts.hostname or "", port=parts.port or 2379, protocol=parts.scheme, timeout=timeout, api_path="/v3/"
-    )
-
-
 def _why(error: Exception) -> str:
     """What an operator wants to know of a failure: etcd's own words, or the innermost of the client's."""
     if isinstance(error, requests.JSONDecodeError):
         return "what answers there is no etcd"
+    if isinstance(error, OSError) and error.strerror and error.filename:  # of the configuration's files
+        return f"{error.filename}: {error.strerror}"
     text = getattr(error, "detail_text", None) or str(error)
     try:
         return str(json.loads(text)["error"])
     except (ValueError, LookupError, TypeError):
-        return str(text).rsplit(": ", 1)[-1].strip("()'\" ")[:100] or type(error).__name__
+        return str(text).rsplit(": ", 1)[-1].strip("()'\" \n")[:100] or type(error).__name__
 
 
 def _grant_lease(member: Etcd3Client, ttl_s: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from coloebpf.service.checks.finding import OK, WARN, Finding, Host
 from coloebpf.service.commands import client
 from coloebpf.service.concerns import RENEW_DAYS
 from coloebpf.service.peer import pki
+from coloebpf.service.peer.link import opens
 
 CONNECT_S = 1.0  # hosts of a pair stand side by side
 
@@ -34,15 +35,19 @@ def certificates(host: Host) -> Iterator[Finding]:
 
 
 def peer(host: Host) -> Iterator[Finding]:
-    """Somebody listens where the other host should."""
+    """Somebody listens where the other host should. One that only connects refuses, and so has been reached."""
     config = host.known.peer
     if config is None:
         yield Finding(OK, "no peer is configured")
         return
     where = f"{config.name} at {config.connect}"
+    listens = opens(host.known.host.name, config.name)
     try:
         socket.create_connection((config.connect.host, config.connect.port), CONNECT_S).close()
     except OSError as error:
+        if isinstance(error, ConnectionRefusedError) and not listens:
+            yield Finding(OK, f"the host of {where} answers; its service connects to this one, as the names are")
+            return
         why = error.strerror or f"no answer in {CONNECT_S:g} s"
         yield Finding(
             WARN,

@@ -87,7 +87,7 @@ class PeerLink:
     @property
     def connects(self) -> bool:
         """This host opens the connection."""
-        return self.name < self.peer
+        return opens(self.name, self.peer)
 
     @property
     def connected(self) -> bool:
@@ -302,6 +302,11 @@ class PeerLink:
             callback(what)
         except Exception:  # a mistake in handling one message must not cost the link
             log.exception("the service could not handle %r", what)
+
+
+def opens(name: str, peer: str) -> bool:
+    """Of the two hosts' names: the one that connects; the other one listens."""
+    return name < peer
 
 
 def _tls_kind(error: ssl.SSLError) -> str:
