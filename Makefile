@@ -2,7 +2,7 @@
 VENV := .venv
 PY   := $(VENV)/bin/python
 
-.PHONY: help deps deps-test venv lint test lab bench stress traffic failovers vm-test clean
+.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers vm-test clean
 
 help:
 	@echo "make lab      install what is needed and run the show: two virtual machines in lock-step on this machine"
@@ -46,6 +46,12 @@ bench:
 	$(MAKE) deps-test
 	$(MAKE) venv
 	$(PY) -m tests.bench
+
+# What lock-step costs a server in a virtual machine, beside checkpoints alone.
+bench-vms:
+	$(MAKE) deps-test
+	$(MAKE) venv
+	$(PY) -m tests.bench.virtual
 
 # Both CPUs at once, 10 million packets (`make test` has 3 million).
 stress:
