@@ -96,3 +96,13 @@ def test_the_image_is_packed_anew_when_a_file_of_it_changes(tmp_path: Path, monk
     _, second = image.of_guest(tmp_path)
     assert second != first
     assert list(tmp_path.glob("guest-*.cpio")) == [second]
+
+
+@pytest.mark.slow
+def test_the_show_holds(lab_name: str) -> None:
+    done = coloebpf("lab", "show", "--name", lab_name, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout
+    assert "no acknowledged write is missing" in done.stdout
+    assert not LabPlan(lab_name).run_dir.exists()
+    assert machines(lab_name) == []

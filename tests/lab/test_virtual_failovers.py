@@ -16,7 +16,7 @@ from contextlib import suppress
 import pytest
 
 from coloebpf.errors import ColoError
-from coloebpf.lab import services
+from coloebpf.lab import redis, services
 from coloebpf.lab.history import History
 from coloebpf.lab.plan import LabPlan
 from tests.lab.virtual_lab import VirtualLab, until, virtual_lab
@@ -95,6 +95,25 @@ def test_checkpoints_in_a_row_under_load_leave_nothing_behind(
         took.sort()
         print(f"\n  {CHECKPOINTS} checkpoints under {history.answers:,} requests: median "
               f"{statistics.median(took) * 1000:.0f} ms, p99 {took[int(len(took) * 0.99)] * 1000:.0f} ms")  # fmt: skip
+
+
+@pytest.mark.xfail(
+    strict=True, raises=TimeoutError, reason="a primary does not translate: what it promoted with is lost with its role"
+)
+def test_a_connection_younger_than_the_last_checkpoint_lives_through_a_change_of_roles(
+    lab: VirtualLab, history: History
+) -> None:
+    lab.reconfigure("interval_max_ms = 60000")
+    lab.checkpoint()
+    epoch = lab.pair(lab.primary)["epoch"]
+    address = lab.plan.nic_list()[0].guest_v4
+    young = redis.Connection(lab.plan, "client", address, answer_timeout=20)
+    assert young.ask("INCR", "young") == b"1"
+    assert lab.pair(lab.primary)["epoch"] == epoch, "there was a checkpoint: this run shows nothing"
+    lab.lose_the_primary(history)
+    assert young.ask("INCR", "young") == b"2"
+    lab.protect_again()
+    assert young.ask("INCR", "young") == b"3"
 
 
 def _try_checkpoint(plan: LabPlan, primary: str) -> None:
