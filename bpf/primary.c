@@ -544,12 +544,17 @@ int pass_whole(struct __sk_buff *skb)
 		f->owner = 0;
 	}
 	bpf_spin_unlock(&f->lock);
-	if (work && verdict == VERDICT_PASS) { /* more came in the meantime: this one goes first, as a clone, then serves as vessel */
+	if (!work)
+		return verdict;
+	if (verdict == VERDICT_PASS) { /* more came in the meantime: this one goes first, as a clone, then serves as vessel */
 		put_tag(skb, &at, index, f->generation);
 		skb->cb[CB_MODE] |= MODE_CLONE_FIRST;
 		skb->cb[CB_OWN] = 0;
 		skb->cb[CB_STAGED] = 0;
 		tc_stages.call(skb, STAGE_DRAIN);
+		skb->mark = 0;
+		skb->tc_index = 0;
 	}
+	give_up(&at, f, index);
 	return verdict;
 }

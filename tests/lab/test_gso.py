@@ -284,3 +284,22 @@ def test_udp_super_packets(wire: Wire, talk: Talk, first: str, total: int, size:
     got = wire.released(len(said))
     assert len(got) == len(said)
     whole.check(got)
+
+
+@pytest.mark.parametrize("segments", range(20, 46))
+def test_the_kernels_limit_of_tail_calls_leaves_no_owner_behind(wire: Wire, segments: int) -> None:
+    """A run of as many steps as can be: wherever the calls come to their end, the flow is not left in a dead program's hands."""
+    talk = Talk(wire)
+    whole = Super(talk, STREAM[: 1400 * segments], 1400, seq=2)
+    wire.svm(talk.tcp(1, b"a", ack=1000, options=STAMPS))
+    wire.pvm(talk.tcp(1, b"a", ack=1000, options=STAMPS))
+    assert len(wire.released(1)) == 1
+    wire.svm(*svm_says(talk, 2, whole.data, 700))
+    wire.settle()
+    wire.note_work(talk.guest_port)
+    whole.send()
+    wire.settle()
+    (flow,) = wire.flows(talk.guest_port)
+    assert flow.owner == 0
+    wire.kick()
+    assert sum(len(Heard.of(frame).data) for frame in wire.seen()) == len(whole.data)
