@@ -133,6 +133,10 @@ class Control:
         """Takes effect on the next packet."""
         self._write(pair, self.state(pair).state, epoch)
 
+    def deadline(self, pair: int) -> int:
+        """What set_deadline() wrote last, maybe of a process before this one; 0: none."""
+        return int(self._words(pair)[1])
+
     def set_deadline(self, pair: int, deadline_ns: int) -> None:
         """End of the right to speak, CLOCK_MONOTONIC ns; 0: none. After it the programs treat the pair as halted."""
         self._words(pair)[1] = deadline_ns

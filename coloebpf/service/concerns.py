@@ -21,10 +21,13 @@ def _of_pair(pair: PairStatus) -> Iterator[str]:
     why = f" ({pair.state_reason})" if pair.state_reason else ""
     if pair.state == "halted":
         yield f"{name} is halted{why}: this host may not speak for it."
+    if pair.silent:
+        yield f"{name}: this host's right to speak has ended, so what its guest sends is dropped."
     if pair.alone_pending:
-        yield f"{name}: the other host is lost, and arbiter {pair.arbiter} has not said who goes on; output is held."
+        held = "" if pair.silent else "; output is held"
+        yield f"{name}: the other host is lost, and arbiter {pair.arbiter} has not said who goes on{held}."
     if pair.state in ("passthrough", "promoted"):
-        yield f"{name} runs on this host alone{why}: the next failure stops it."
+        yield f"{name} runs on this host alone, without protection{why}: the next failure stops it."
     if pair.state in PROTECTED and not pair.engine_ready:
         yield f"{name}: engine {pair.engine} can't be asked for checkpoints."
     if pair.mode == PERIODIC_MODE:
@@ -37,7 +40,10 @@ def _of_pair(pair: PairStatus) -> Iterator[str]:
 
 
 def _of_host(status: Status) -> Iterator[str]:
-    if status.peer is not None and not status.peer.connected:
+    if status.peer is not None and not status.peer.connected and status.peer.patience_ms:
+        left = status.peer.patience_ms / 1000
+        yield f"The service of {status.peer.name} restarts: for {left:.1f} s more its silence means nothing."
+    elif status.peer is not None and not status.peer.connected:
         yield f"There is no link to {status.peer.name}: nothing that both hosts have to agree on can be done."
     for path in status.paths:
         if not path.alive:
@@ -47,4 +53,4 @@ def _of_host(status: Status) -> Iterator[str]:
         if days < 0:
             yield f"{certificate.file} has expired: the link does not come back after its next interruption."
         elif days < RENEW_DAYS:
-            yield f"{certificate.file} ends in {days:.0f} days."
+            yield f"{certificate.file} ends in {days:.0f} days: make new ones (coloebpf config init-pki)."

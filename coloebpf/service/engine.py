@@ -67,11 +67,15 @@ class Engine(Protocol):
     An engine with `signals_suspended` False tells Suspended and Committed together, when the checkpoint is whole: it
     needs the careful order (the secondary clears its translations before the engine is asked). With `copies` False the
     SVM stays what it is, for tests with guests that nothing can copy: its TCP numbers go on being translated.
+
+    `hands_over` says why an operator can't make the SVM the guest while the PVM lives, and what to do instead; "" if
+    that can be done.
     """
 
     name: str
     signals_suspended: bool
     copies: bool
+    hands_over: str
 
     async def start(self) -> None:
         """Ready follows when it can be asked. Raises EngineError if it can't be started."""

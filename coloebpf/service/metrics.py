@@ -110,6 +110,7 @@ def _pairs(status: Status) -> Iterator[Metric]:
         ("pair_epoch", "Checkpoints begun; wraps at 2^32", lambda p: p.epoch),
         ("pair_engine_ready", "1 if the engine can be asked for a checkpoint", lambda p: p.engine_ready),
         ("pair_undecided", "1 while the other host is lost and nobody has said who goes on", lambda p: p.alone_pending),
+        ("pair_silent", "1 while the right to speak has ended: what the guest sends is dropped", lambda p: p.silent),
         ("pair_state_change_timestamp_seconds", "When the state was entered", lambda p: _when(status, p.state_for_ms)),
         ("pair_mode_change_timestamp_seconds", "When the mode was entered", lambda p: _when(status, p.mode_for_ms)),
         ("checkpoint_pending", "1 while a checkpoint is under way", lambda p: p.pending is not None),

@@ -29,7 +29,7 @@ class Orders:
         """See Commands."""
         supervisor = self._named(pair)
         await supervisor.failover()
-        if supervisor.config.role is Role.PRIMARY:
+        if supervisor.config.role is Role.PRIMARY and supervisor.machine.state is State.HALTED:
             return f"pair {pair}: this host is silent, so that the secondary takes over; look at it there"
         return f"pair {pair}: this host's guest is the one that speaks now"
 

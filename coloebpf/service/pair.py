@@ -38,6 +38,7 @@ class PairControl(Protocol):
 
     def state(self, pair: int) -> PairState: ...
     def set_state(self, pair: int, state: State) -> None: ...
+    def deadline(self, pair: int) -> int: ...
     def set_deadline(self, pair: int, deadline_ns: int) -> None: ...
     def set_open_after(self, pair: int, ns: int) -> None: ...
     def suspend(self, pair: int) -> int: ...
@@ -95,6 +96,7 @@ class Supervisor(ABC):
             self.out.control.set_state(self.number, State.CHECKPOINTING)
             kept = State.CHECKPOINTING
         self.machine.state = kept
+        self.deadline_ns = self.out.control.deadline(self.number)
         self.state_reason = "as it was before the service's start"
         self.tick()
         self.say(logging.INFO, "pair is served", role=self.config.role.name.lower(), state=kept.name.lower())
@@ -228,6 +230,11 @@ class Supervisor(ABC):
                 self.go(Trigger.REFUSED, answer.reason)
         finally:
             self._asking = None
+
+    def stop_asking(self) -> None:
+        """An operator knows better."""
+        if self._asking is not None:
+            self._asking.cancel()
 
     @abstractmethod
     async def take_over(self, grant: Grant, reason: str) -> None:

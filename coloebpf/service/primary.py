@@ -26,7 +26,7 @@ from coloebpf.service.engine import (
 )
 from coloebpf.service.machine import REPLICATED, Trigger
 from coloebpf.service.pair import Outside
-from coloebpf.service.parting import Parting
+from coloebpf.service.parting import NO_REPLICA, Parting
 from coloebpf.service.peer import messages
 from coloebpf.service.rules import Timings, Wish, decide
 
@@ -237,6 +237,9 @@ class Primary(Parting):
     async def unprotect(self) -> None:
         """See Supervisor. Only when the secondary can't take over any more."""
         self.need(Trigger.UNPROTECT, "there is no protection to end")
+        if self.machine.state is State.HALTED and not self.out.arbiter.leased and self.peer_state not in NO_REPLICA:
+            hint = "" if self.peer_state is not None else ", and it can't be asked; if it is off, say `failover` here"
+            raise PairError(f"pair {self.config.name}: the guest may run on the other host{hint}")
         sure = self.machine.state not in REPLICATED or await self.dismiss()
         if not sure:
             self._recorded = True  # the protection goes on, if this fails
@@ -250,9 +253,13 @@ class Primary(Parting):
             answer = Grant()
         if isinstance(answer, Refusal):
             raise PairError(f"pair {self.config.name}: the guest may run on the other host: {answer.reason}")
+        self._let_go_on("asked for by an operator")
+
+    def _let_go_on(self, reason: str) -> None:
+        """Without protection, and without an end."""
         self.let_right_go()
         self.set_deadline(0)
-        self.go(Trigger.UNPROTECT, "asked for by an operator")
+        self.go(Trigger.UNPROTECT, reason)
         self.out.control.kick()
 
     async def checkpoint(self) -> None:
@@ -266,7 +273,22 @@ class Primary(Parting):
         await done
 
     async def failover(self) -> None:
-        """See Supervisor: this host falls silent and says so; that is all the certainty the secondary needs."""
-        if self.machine.state not in REPLICATED or self.machine.alone_pending or self.peer_state not in REPLICATED:
-            raise PairError(f"pair {self.config.name}: there is no secondary that could take over")
+        """See Supervisor: this host falls silent and says so; that is all the certainty the secondary needs.
+
+        While the secondary is lost it is an operator's word that its host is gone.
+        """
+        if self.machine.alone_pending:
+            self.stop_asking()
+            await self.take_over(Grant(), "an operator says that the secondary's host is gone")
+            return
+        if self.machine.state is State.HALTED and self.peer_state is None and not self.out.arbiter.leased:
+            self._let_go_on("an operator says that the secondary's host is gone")
+            return
+        if self.machine.state not in REPLICATED or self.peer_state not in REPLICATED:
+            raise PairError(
+                f"pair {self.config.name} is {self.machine.state.name.lower()}: there is no secondary that could take "
+                "over; `unprotect` gives a protection up"
+            )
+        if self.engine.hands_over:
+            raise PairError(f"pair {self.config.name}: engine {self.engine.name} can't: {self.engine.hands_over}")
         self.go(Trigger.LEASE_LOST, "an operator lets the secondary take over")

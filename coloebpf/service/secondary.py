@@ -112,7 +112,7 @@ class Secondary(Supervisor):
 
     def _offered(self) -> None:
         self.go(Trigger.PEER_LOST, "the primary has given up its right to speak")
-        if self.out.arbiter.promotes:
+        if self.out.arbiter.leased:  # it has to know who is alone; fencing would end a host that is well
             self.ask()
         else:
             self.spawn(self.take_over(Grant(), "the primary has given up its right to speak"))
@@ -173,7 +173,7 @@ class Secondary(Supervisor):
         raise PairError(f"pair {self.config.name} is copied from its primary: ask there")
 
     async def failover(self) -> None:
-        """See Supervisor. Here it is an operator's word that the primary is gone, where no arbiter can say it."""
+        """See Supervisor. Here it is an operator's word that the primary is gone, also while an arbiter is asked."""
         if not self.machine.alone_pending:
             if self.machine.state not in REPLICATED or self.peer_state not in (State.UNPROTECTED, State.HALTED):
                 raise PairError(
@@ -183,6 +183,5 @@ class Secondary(Supervisor):
             if self.out.arbiter.promotes:
                 self.ask()
                 return
-        if self.out.arbiter.promotes:
-            raise PairError(f"pair {self.config.name}: arbiter {self.out.arbiter.name} is being asked already")
+        self.stop_asking()
         await self.take_over(Grant(), "an operator says that the primary is gone")

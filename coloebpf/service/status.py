@@ -51,6 +51,7 @@ class PeerStatus:
     connected: bool = False
     seen_ago_ms: float | None = None  # the last message of the link, whatever it was
     rtt_ms: float | None = None
+    patience_ms: float = 0.0  # it restarts as planned, and for so much longer its silence means nothing
     refused: dict[str, int] = field(default_factory=dict)  # REFUSALS -> how many since the service started
 
 
@@ -146,6 +147,7 @@ class PairStatus:
     engine_ready: bool = False  # it can be asked for a checkpoint
     arbiter: str = "none"
     arbiter_deadline_in_ms: float | None = None  # the right to speak ends then; None: it has no end
+    silent: bool = False  # it has ended: whatever the state, the programs drop what the guest sends
     on_service_loss: str = "hold"
     checkpoints: dict[str, int] = field(default_factory=dict)  # TRIGGERS -> committed
     checkpoints_failed: int = 0

@@ -151,7 +151,7 @@ class ServiceLab:
 
     def warns(self, host: str, words: str) -> bool:
         """A service has a warning with these words."""
-        return any(words in warning for warning in self.status(host).get("warnings", ()))
+        return any(words.lower() in warning.lower() for warning in self.status(host).get("warnings", ()))
 
     def state(self, host: str) -> str:
         """As the programs have it."""

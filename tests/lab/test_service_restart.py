@@ -44,7 +44,7 @@ def test_given_a_restart_of_the_primarys_service_when_its_host_dies_then_the_rep
     begin = time.monotonic()
     lab.terminate("primary")
     client.goes_on(20)
-    assert "it restarts" in "".join(lab.status("secondary")["warnings"])
+    assert lab.warns("secondary", "the service of primary restarts")
     services.switch_off(lab.plan, "primary")
     client.goes_on(50)
     assert lab.state("secondary") == "promoted"

@@ -45,6 +45,9 @@ class Dataplane:
     def set_state(self, pair: int, state: State) -> None:
         self._write(state.name.lower(), state, self.word.epoch)
 
+    def deadline(self, pair: int) -> int:
+        return self.deadline_ns
+
     def set_deadline(self, pair: int, deadline_ns: int) -> None:
         self.deadline_ns = deadline_ns
         self._story.append(f"{self._host} deadline {deadline_ns}")

@@ -636,12 +636,48 @@ def test_a_blip_without_an_arbiter_leaves_a_secondary_in_lock_step() -> None:
     play(test, promotes=False)
 
 
-def test_with_an_arbiter_an_operator_has_to_wait() -> None:
+@pytest.mark.parametrize("role", [P, S])
+def test_while_the_arbiter_does_not_answer_an_operators_word_counts(role: object) -> None:
     async def test(world: World) -> None:
         await world.protected()
         world.part()
-        with pytest.raises(PairError, match="is being asked already"):
-            await world.secondary.failover()
+        await world.until(lambda: sorted(world.arbiter.asked) == [P, S])
+        await (world.primary if role is P else world.secondary).failover()
+        await world.states(*((PASSTHROUGH, LOCKSTEP) if role is P else (LOCKSTEP, PROMOTED)))
+        world.arbiter.answers[role].put_nowait(Refusal("too late"))  # type: ignore[index]
+        await world.settle()
+        assert world.p.state is (PASSTHROUGH if role is P else LOCKSTEP)
+
+    play(test, leased=True)
+
+
+@pytest.mark.parametrize("promotes", [True, False])
+def test_a_halted_primary_goes_on_only_if_the_guest_runs_nowhere_else(promotes: bool) -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        await world.primary.failover()
+        await world.states(HALTED, PROMOTED)
+        await world.settle()
+        with pytest.raises(PairError, match=r"may run on the other host$"):
+            await world.primary.unprotect()
+        world.disconnect()
+        with pytest.raises(PairError, match="if it is off, say `failover` here"):
+            await world.primary.unprotect()
+        await world.primary.failover()
+        assert world.p.state is UNPROTECTED
+        assert world.p.plane.deadline_ns == 0
+
+    play(test, promotes=promotes)
+
+
+def test_an_engine_that_can_not_hand_over_says_what_to_do() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.p.engine.hands_over = "end the guest here"
+        with pytest.raises(PairError, match="engine model can't: end the guest here"):
+            await world.primary.failover()
+        await world.settle()
+        assert (world.p.state, world.s.state) == (LOCKSTEP, LOCKSTEP)
 
     play(test)
 
@@ -649,14 +685,14 @@ def test_with_an_arbiter_an_operator_has_to_wait() -> None:
 # ---- the guest is gone, or moves -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("promotes", [True, False])
+@pytest.mark.parametrize(("promotes", "leased"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("by_operator", [True, False])
-def test_the_primary_gives_up_its_right(promotes: bool, by_operator: bool) -> None:
+def test_the_primary_gives_up_its_right(promotes: bool, leased: bool, by_operator: bool) -> None:
     async def test(world: World) -> None:
         await world.protected()
         world.story.clear()
         world.s.witness.safe.clear()  # the primary's word is enough
-        if promotes:
+        if leased:
             world.arbiter.answers[S].put_nowait(Grant())
         if by_operator:
             await world.primary.failover()
@@ -665,9 +701,9 @@ def test_the_primary_gives_up_its_right(promotes: bool, by_operator: bool) -> No
         await world.states(HALTED, PROMOTED)
         steps = [step for step in world.story if "deadline" not in step]
         assert steps == ["p halted", "s failover", "s promoted"]
-        assert P not in world.arbiter.asked
+        assert world.arbiter.asked == ([S] if leased else [])  # a fencing command would end a host that is well
 
-    play(test, promotes=promotes)
+    play(test, promotes=promotes, leased=leased)
 
 
 def test_an_old_halt_is_no_offer() -> None:

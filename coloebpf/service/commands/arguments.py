@@ -17,7 +17,7 @@ PKI = Path("/etc/coloebpf/pki")
 
 ORDERS = (
     ("checkpoint", "take a checkpoint of a pair now, and wait for its commit"),
-    ("failover", "let the secondary take over: asked of the primary, or of the secondary when the primary is gone"),
+    ("failover", "hand the guest over to the secondary; or, if the other host is lost: your word that it is off"),
     ("protect", "begin the protection of a pair, and wait for the first checkpoint"),
     ("unprotect", "end the protection of a pair; its guest goes on, uncompared"),
 )

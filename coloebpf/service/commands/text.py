@@ -57,6 +57,8 @@ def _pair(pair: dict[str, Any], nics: list[dict[str, Any]]) -> Iterator[str]:
     )
     if pair["state_reason"]:
         yield from _wrapped("because", pair["state_reason"])
+    if pair["silent"]:
+        yield from _wrapped("SILENT", "the right to speak has ended: what the guest sends is dropped")
     if pair["alone_pending"]:
         yield from _wrapped("UNDECIDED", f"the other host is lost; waiting for arbiter {pair['arbiter']}")
     reason = f": {pair['mode_reason']}" if pair["mode_reason"] else ""

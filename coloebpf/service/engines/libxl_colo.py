@@ -43,6 +43,10 @@ class LibxlColoEngine:
     name = "libxl-colo"
     signals_suspended = False
     copies = True
+    hands_over = (
+        "libxl would go on copying the primary's guest over the other one: end the guest here (xl destroy), then the "
+        "secondary takes over"
+    )
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class ModelEngine:
     """
 
     name = "model"
+    hands_over = ""
 
     def __init__(
         self,

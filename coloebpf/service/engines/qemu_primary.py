@@ -92,6 +92,7 @@ class QemuPrimary:
     name = "qemu"
     signals_suspended = True
     copies = True
+    hands_over = ""
 
     def __init__(self, vms: Vms, emit: Emit, tell: Say, state: Callable[[], State]) -> None:
         self._vms, self._emit_to, self._say_to, self._state = vms, emit, tell, state

@@ -52,6 +52,7 @@ class QemuSecondary:
     name = "qemu"
     signals_suspended = True
     copies = True
+    hands_over = ""
 
     def __init__(
         self,
