@@ -27,6 +27,10 @@ def status_text(status: dict[str, Any]) -> str:
     lines = [
         f"lab {status['name']!r}: {status['state']}, epoch {status['epoch']}, {'; '.join(helpers) or f'agent {agent}'}"
     ]
+    if status["guests"] == "qemu":
+        lines.append(
+            "  machines    " + ", ".join(f"{len(pids)} on {host}" for host, pids in status["machines"].items())
+        )
     for nic in status["nics"]:
         holding = nic["holding_ns"]
         lines += [

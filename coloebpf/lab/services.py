@@ -144,12 +144,15 @@ def _model(plan: LabPlan, host: str) -> list[str]:
 
 def _qemu(plan: LabPlan, host: str) -> list[str]:
     taps = [f"{{tap{number}}}" for number in range(plan.nics)]
+    # A machine that the service starts would have its niceness, and take the CPU from the other machine.
+    as_others = ["nice", "-n", str(-NICENESS)]
+    command = [*as_others, *machine.command(plan, "{qmp}", taps, "{qmp}.console")]
     return [
         'engine = "qemu"',
         "[pair.qemu]",
         f'qmp = "{machine.qmp_socket(plan)}"',
         # A list of strings is the same in JSON and TOML.
-        f"command = {json.dumps(machine.command(plan, '{qmp}', taps, '{qmp}.console'))}",
+        f"command = {json.dumps(command)}",
         f'listen = "{MANAGEMENT[host]}:{COPY_PORT}"',
         f'run_dir = "{directory(plan, host) / "vms"}"',
     ]

@@ -47,6 +47,7 @@ def test_an_unprotected_machine_answers_over_both_protocols_and_is_gone_with_its
     assert status["state"] == "unprotected"
     assert status["machines"] == {"primary": machines(lab.plan.name), "secondary": []}
     assert len(status["machines"]["primary"]) == 1
+    assert "machines    1 on primary, 0 on secondary" in coloebpf("lab", "status", "--name", lab.plan.name).stdout
     done = lab.run("pvm", "true")
     assert (done.returncode, done.stdout) == (1, "")
     assert "is a virtual machine" in done.stderr
