@@ -102,7 +102,7 @@ class Service:
             self._make_link(self.config.peer)
         self._book = AddressBook(self.control)
         reader = MapReader(self.control)
-        comparer, walk = Comparer(reader, self.clock), Walk(self.control, reader, self.clock)
+        comparer, walk = Comparer(reader, self.clock, self._name_of), Walk(self.control, reader, self.clock)
         self._feed = Feed(self.control, comparer, walk, self._book, self)
         for pair in self.config.pairs:
             await self.add(pair)
@@ -160,6 +160,10 @@ class Service:
     def of_nic(self, nic: int) -> Primary | Secondary | None:
         """The pair that a NIC is of."""
         return next((p for p in self.pairs.values() if any(n.number == nic for n in p.config.nics)), None)
+
+    def _name_of(self, nic: int) -> str | None:
+        pair = self.of_nic(nic)
+        return pair.config.name if pair is not None else None
 
     def findings(self, pair: int) -> Mapping[str, int]:
         """What the comparer has found of a pair."""

@@ -125,10 +125,12 @@ def _missing(told: str, flow: FlowRecords) -> str:
 
 
 class Comparer:
-    """Looks at the findings of one host."""
+    """Looks at the findings of one host. `pair_of`: the name of the pair that a NIC is of."""
 
-    def __init__(self, reader: Reader, clock: Callable[[], int]) -> None:
-        self._reader, self._clock = reader, clock
+    def __init__(
+        self, reader: Reader, clock: Callable[[], int], pair_of: Callable[[int], str | None] = lambda nic: None
+    ) -> None:
+        self._reader, self._clock, self._pair_of = reader, clock, pair_of
         self.counts: dict[str, int] = dict.fromkeys(CLASSES, 0)  # since the service's start
 
     def look(self, findings: Sequence[Finding]) -> list[Finding]:
@@ -157,8 +159,8 @@ class Comparer:
         looked = finding.pvm >= 0
         say(
             log, logging.INFO if finding.confirmed else logging.WARNING, sentence, reason=finding.reason,
-            nic=finding.nic, flow=finding.flow, offset=finding.offset, epoch=finding.epoch,
-            pvm_digest=finding.pvm_digest, svm_digest=finding.svm_digest, pvm_waiting=finding.pvm if looked else None,
+            pair=self._pair_of(finding.nic), nic=finding.nic, flow=finding.flow, offset=finding.offset,
+            epoch=finding.epoch, pvm_digest=finding.pvm_digest, svm_digest=finding.svm_digest, pvm_waiting=finding.pvm if looked else None,
             svm_waiting=finding.svm if looked else None, age_us=(self._clock() - finding.time_ns) // 1000,
         )  # fmt: skip
 
@@ -166,20 +168,22 @@ class Comparer:
 class Walk:
     """The look at all flows for what waits too long; it tells by events, and ends idle flows on its way.
 
-    `longest_ns`: of its parts, so far: for so long the event loop stood still.
+    `longest_ns`: of its parts, so far: for so long the event loop stood still. `took_ns`: all parts of the last round.
     """
 
     def __init__(self, control: SweepControl, reader: Reader, clock: Callable[[], int]) -> None:
         self._control, self._reader, self._clock = control, reader, clock
-        self.longest_ns = 0
+        self.longest_ns = self.took_ns = 0
 
     async def round(self) -> Room:
         """Sees each flow once, and lets the event loop run between parts. Returns what room there is."""
-        here = 0
+        here = took = 0
         while True:
             begin = self._clock()
             here = self._control.sweep_some(here, WALK_RUNS)
-            self.longest_ns = max(self.longest_ns, self._clock() - begin)
+            part = self._clock() - begin
+            self.longest_ns, took = max(self.longest_ns, part), took + part
             if not here:
+                self.took_ns = took
                 return self._reader.room()
             await asyncio.sleep(0)

@@ -20,6 +20,7 @@ log = logging.getLogger("coloebpf.feed")
 
 EVENTS = 256  # that are taken in one go, some 2 ms; the rest comes in the loop's next round
 LOOK_AFTER_S = 0.01  # a thread that runs would hold up the request that has just been decided on
+REST = 3  # times what the last walk took: with 100,000 flows that is more than its period would leave
 BOOK_FLOWS = 64  # flows in which a walk looks for the SVMs' addresses: some 0.3 ms
 
 
@@ -76,7 +77,7 @@ class Feed:
     async def walk(self, period_s: Callable[[], float]) -> None:
         """One round after the other; what goes wrong in one is said, and the next one tries again."""
         while True:
-            await asyncio.sleep(period_s())
+            await asyncio.sleep(max(period_s(), REST * self._walk.took_ns / 1e9))
             try:
                 room = await self._walk.round()
                 pairs = list(self._pairs.all())

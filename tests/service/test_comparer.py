@@ -132,11 +132,12 @@ def test_a_second_look(first: Finding, flow: FlowRecords | None, reason: str, co
 
 def test_a_finding_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "coloebpf")
-    comparer = Comparer(FakeReader(records(record(1), record(2))), clock=lambda: 905_000)
+    reader = FakeReader(records(record(1), record(2)))
+    comparer = Comparer(reader, clock=lambda: 905_000, pair_of=lambda nic: {1: "web"}[nic])
     got = comparer.look([finding()])
     assert got == [replace(finding(), pvm=1, svm=1)]
     assert [entry.getMessage() for entry in caplog.records] == [
-        "the VMs' output differs reason=payload nic=1 flow=6:10.0.0.1:80-10.0.0.9:5000 offset=77 epoch=3 "
+        "the VMs' output differs reason=payload pair=web nic=1 flow=6:10.0.0.1:80-10.0.0.9:5000 offset=77 epoch=3 "
         f"pvm_digest={A} svm_digest={B} pvm_waiting=1 svm_waiting=1 age_us=900"
     ]
     assert comparer.counts["payload"] == 1
@@ -214,3 +215,4 @@ def test_a_walk_lets_others_run_between_its_parts() -> None:
     assert between == [0, 1, 2]
     assert room == ROOM
     assert walk.longest_ns == 7
+    assert walk.took_ns == 3 + 7 + 3
