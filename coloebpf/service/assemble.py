@@ -254,6 +254,12 @@ class Service:
 
         self._farewell = Farewell(self.heartbeat, self.link.send, peer.restart_grace_ms, self.clock)
 
+    def renew_certificates(self) -> None:
+        """Takes the link's files anew, for connections from here on. Raises PkiError, and keeps the old ones."""
+        if self.link is not None:
+            self.expiries = self.link.identity.check(self.config.host.name, time.time())
+            self.link.reload_certificates()
+
     def _leave(self, number: int, deadline_ns: int) -> None:
         pair = self.pairs[number]
         if isinstance(pair, Primary):

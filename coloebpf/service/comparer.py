@@ -160,8 +160,9 @@ class Comparer:
         say(
             log, logging.INFO if finding.confirmed else logging.WARNING, sentence, reason=finding.reason,
             pair=self._pair_of(finding.nic), nic=finding.nic, flow=finding.flow, offset=finding.offset,
-            epoch=finding.epoch, pvm_digest=finding.pvm_digest, svm_digest=finding.svm_digest, pvm_waiting=finding.pvm if looked else None,
-            svm_waiting=finding.svm if looked else None, age_us=(self._clock() - finding.time_ns) // 1000,
+            epoch=finding.epoch, pvm_digest=finding.pvm_digest, svm_digest=finding.svm_digest,
+            pvm_waiting=finding.pvm if looked else None, svm_waiting=finding.svm if looked else None,
+            age_us=(self._clock() - finding.time_ns) // 1000,
         )  # fmt: skip
 
 

@@ -20,12 +20,15 @@ log = logging.getLogger("coloebpf.reload")
 async def apply(service: Service, new: Config) -> None:
     """Raises ServiceError, and has changed nothing, if a protected pair would have to go or to begin anew.
 
+    Likewise PkiError if the link's certificates, which it takes anew, are no good.
+
     What only a restart of the service can change stays as it is, and is said.
     """
     change = config_reload.diff(service.config, new)
     anew = [one for one in change.changed if one.restart]
     for pair in (*change.removed, *(one.old for one in anew)):
         _check_idle(service, pair, anew)
+    service.renew_certificates()
     new = _kept(service.config, new, change)
     for pair in change.removed:
         await _end(service, pair)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from coloebpf.lab import services
+from coloebpf.lab.plan import HOSTS
+from coloebpf.service.peer import pki
 from tests.lab.conftest import CLI, coloebpf
-from tests.lab.service_lab import ServiceLab, until
+from tests.lab.service_lab import MANAGEMENT_LINK, ServiceLab, until
 from tests.service.fake_systemd import FakeSystemd
 
 pytestmark = pytest.mark.lab
@@ -81,6 +84,38 @@ def test_an_invalid_file_is_refused_and_the_old_one_stays(lab: ServiceLab) -> No
     reload(lab, "primary")
     until(lambda: not lab.warns("primary", "was refused"), "a good file ends the warning")
     lab.in_lockstep()
+
+
+def test_a_reload_takes_new_certificates(lab: ServiceLab) -> None:
+    client = lab.fresh()
+    mine = lab.plan.run_dir / "pki" / "primary.pem"
+    before, ends = mine.read_bytes(), [one["expires"] for one in lab.status("primary")["certificates"]]
+    try:
+        mine.write_text("no certificate")
+        lab.kill("primary", signal.SIGHUP)
+        until(partial(lab.warns, "primary", "was refused"), "a bad one is refused")
+        client.goes_on()
+        new = lab.plan.run_dir / "pki-new"
+        pki.init_pki(new, HOSTS, days=100)
+        whole = {path.name: path.read_bytes() for path in new.iterdir()}
+        shutil.rmtree(new)
+        old = {name: (lab.plan.run_dir / "pki" / name).read_bytes() for name in whole}
+        try:
+            for name, content in whole.items():
+                (lab.plan.run_dir / "pki" / name).write_bytes(content)
+            for host in HOSTS:
+                lab.kill(host, signal.SIGHUP)
+            until(lambda: min(ends) > min(one["expires"] for one in lab.status("primary")["certificates"]), "it is new")
+            lab.links("primary", "down", MANAGEMENT_LINK)
+            until(lambda: not lab.status("primary")["peer"]["connected"], "the link is down")
+            lab.links("primary", "up", MANAGEMENT_LINK)
+            lab.in_lockstep()  # by a connection that both new certificates are good for
+        finally:
+            for name, content in old.items():
+                (lab.plan.run_dir / "pki" / name).write_bytes(content)
+    finally:
+        mine.write_bytes(before)
+    client.goes_on()
 
 
 def test_a_pair_goes_and_comes_by_reloads_but_not_while_it_is_protected(lab: ServiceLab) -> None:

@@ -21,7 +21,7 @@ from coloebpf.errors import LinkError, PkiError
 from coloebpf.model import Role, State
 from coloebpf.service.peer import link as link_module
 from coloebpf.service.peer import messages
-from coloebpf.service.peer.messages import Beat, Bye, Hello, Message, PairNote, Resumed, StateNote
+from coloebpf.service.peer.messages import Beat, Bye, Hello, Message, PairNote, Settled, StateNote
 from coloebpf.service.peer.pki import Identity, init_pki
 from coloebpf.service.peer.refusals import QUIET_NS, Refusals
 from tests.service.peers import LEASE_NS, LOOPBACK, PATIENCE, Recorded, expired, identity, until
@@ -152,8 +152,8 @@ def test_a_lost_connection_is_made_anew(pki: Path) -> None:
                 await a.up(times)
                 await b.up(times)
             assert [kind for kind, _ in b.events] == ["up", "down"] * 4 + ["up"]
-            assert a.link.send(Resumed(1))
-            await b.until(lambda: b.messages == [Resumed(1)])
+            assert a.link.send(Settled(1))
+            await b.until(lambda: b.messages == [Settled(1)])
 
     asyncio.run(run())
 
@@ -176,8 +176,8 @@ def test_send_says_whether_it_was_sent(pki: Path) -> None:
     async def run() -> None:
         async with listener(pki) as b:
             assert not b.link.connected
-            assert not b.link.send(Resumed(1))
-            assert b.link.sent["resumed"] == 0
+            assert not b.link.send(Settled(1))
+            assert b.link.sent["settled"] == 0
 
     asyncio.run(run())
 
@@ -190,11 +190,11 @@ def test_a_handler_that_fails_does_not_cost_the_link(pki: Path, caplog: pytest.L
                 raise RuntimeError("a mistake")
 
             keep, b.link._on_message = b.link._on_message, fail
-            a.link.send(Resumed(1))
-            await until(lambda: b.link.received["resumed"] == 1)
+            a.link.send(Settled(1))
+            await until(lambda: b.link.received["settled"] == 1)
             b.link._on_message = keep
-            a.link.send(Resumed(2))
-            await b.until(lambda: b.messages == [Resumed(2)])
+            a.link.send(Settled(2))
+            await b.until(lambda: b.messages == [Settled(2)])
 
     asyncio.run(run())
     assert "a mistake" in caplog.text
@@ -386,9 +386,9 @@ def test_a_server_with_another_name_or_ca_is_not_talked_to(pki: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("bad", "kind"),
     [
-        (messages.encode(Resumed(1), 2), "replay"),  # number 2 again
-        (messages.encode(Resumed(1), 4), "replay"),  # 3 is missing
-        (messages.encode(Resumed(1), 3).replace(b'"v":1', b'"v":9'), "version"),
+        (messages.encode(Settled(1), 2), "replay"),  # number 2 again
+        (messages.encode(Settled(1), 4), "replay"),  # 3 is missing
+        (messages.encode(Settled(1), 3).replace(b'"v":1', b'"v":9'), "version"),
         (messages.encode(Hello("a", "5e" * 16, 2, 0, ()), 3), "malformed"),  # a second hello
         (b"\0\0\0\4null", "malformed"),
         (b"\0\0\0\0", "malformed"),
@@ -401,11 +401,11 @@ def test_a_bad_message_ends_the_session_and_is_not_handed_on(pki: Path, bad: byt
         async with listener(pki) as b:
             impostor = await Impostor.connect(identity(pki, "a"), b.link.port)
             impostor.hello()
-            impostor.say(Resumed(7), 2)
-            impostor.writer.write(bad + messages.encode(Resumed(8), 3))
+            impostor.say(Settled(7), 2)
+            impostor.writer.write(bad + messages.encode(Settled(8), 3))
             assert await impostor.refused()
             await b.down()
-            assert b.messages == [Resumed(7)]
+            assert b.messages == [Settled(7)]
             assert b.link.refused.counts[kind] == 1
             assert not b.link.connected
 
@@ -420,7 +420,7 @@ def test_a_peer_that_falls_silent_is_dropped(pki: Path, monkeypatch: pytest.Monk
             impostor = await Impostor.connect(identity(pki, "a"), b.link.port)
             impostor.hello()
             await b.up()
-            impostor.writer.write(messages.encode(Resumed(1), 2)[:9])  # half a message does not keep it alive
+            impostor.writer.write(messages.encode(Settled(1), 2)[:9])  # half a message does not keep it alive
             assert await impostor.refused()
             await b.down()
             assert b.link.refused.counts["timeout"] == 1
@@ -459,11 +459,11 @@ def test_a_new_session_takes_the_place_of_the_old_one(pki: Path) -> None:
             await b.up(2)
             assert [kind for kind, _ in b.events] == ["up", "down", "up"]
             with contextlib.suppress(OSError):
-                old.say(Resumed(1), 2)
+                old.say(Settled(1), 2)
             assert await old.refused()
-            new.say(Resumed(2), 2)
+            new.say(Settled(2), 2)
             await b.until(lambda: bool(b.messages))
-            assert b.messages == [Resumed(2)]
+            assert b.messages == [Settled(2)]
             assert b.link.connected
 
     asyncio.run(run())
@@ -480,8 +480,8 @@ def test_a_connection_that_was_begun_before_the_present_one_comes_too_late(pki: 
             late.hello(connection=connection)
             assert await late.refused()
             assert b.link.refused.counts["replay"] == 1
-            present.say(Resumed(2), 2)
-            await b.until(lambda: b.messages == [Resumed(2)])
+            present.say(Settled(2), 2)
+            await b.until(lambda: b.messages == [Settled(2)])
             # But a service that was started anew counts from 1 again.
             restarted = await Impostor.connect(identity(pki, "a"), b.link.port)
             restarted.hello(session="11" * 16, connection=1)

@@ -165,14 +165,6 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """The SVM runs again."""
-
-    TYPE: ClassVar[str] = "resumed"
-    pair: int = field(metadata=_by(_PAIR))
-
-
-@dataclass(frozen=True)
 class EngineWord:
     """From one engine to the other (engine.Talking)."""
 
@@ -238,7 +230,6 @@ Message = (
     | Prepared
     | Suspended
     | Committed
-    | Resumed
     | EngineWord
     | StateNote
     | Restarting
