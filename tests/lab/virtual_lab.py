@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,9 +31,10 @@ class Amounts:
 
     machines: int
     descriptors: int  # of both services
-    processes: int
+    threads: int
     slots: int
     devices: int
+    files: int  # of the lab
 
     def exceeds(self, other: Amounts) -> list[str]:
         """What has grown, in words."""
@@ -107,15 +109,23 @@ class VirtualLab:
         services.protect_again(self.plan, self.running, survivor)
         self.primary = survivor
 
+    def nothing_has_grown(self, before: Amounts) -> None:
+        """Returns when that is so; the moment of a checkpoint has a machine and some descriptors more."""
+        deadline = time.monotonic() + SOON
+        while grown := self.amounts().exceeds(before):
+            assert time.monotonic() < deadline, ", ".join(grown)
+            time.sleep(0.1)
+
     def amounts(self) -> Amounts:
         pids = [process.pid for process in self.running.values()]
         slots = services.snapshot(self.plan, self.primary)["slots"]
         return Amounts(
             machines=sum(len(machine.running(self.plan, host)) for host in HOSTS),
             descriptors=sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
-            processes=sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids),
+            threads=sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids),
             slots=int(slots["total"] - slots["free"]),
-            devices=sum(len(os.listdir(f"/proc/{pid}/net/dev_snmp6")) for pid in pids),
+            devices=sum(len(Path(f"/proc/{pid}/net/dev").read_text().splitlines()) for pid in pids),
+            files=sum(1 for _ in self.plan.run_dir.rglob("*")),
         )
 
 
