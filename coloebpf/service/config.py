@@ -16,7 +16,8 @@ from coloebpf.service.peer.witness import GRACE_MAX_MS
 
 __all__ = [
     "Address", "ArbiterConfig", "CommandConfig", "Config", "ConfigErrors", "EtcdConfig", "Exemption", "HostConfig",
-    "LibxlColoConfig", "Mistake", "ModelConfig", "NicConfig", "PairConfig", "PeerConfig", "QemuConfig", "load", "parse",
+    "LibxlColoConfig", "Mistake", "ModelConfig", "NicConfig", "PairConfig", "PeerConfig", "QemuConfig", "QemuDisk",
+    "load", "parse",
 ]  # fmt: skip
 
 MAX_VLAN = 4094  # IEEE 802.1Q: 4,095 is reserved
@@ -136,6 +137,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QemuDisk:
+    """[[pair.qemu.disk]]: a disk that the guest can write."""
+
+    node: str = setting(keys.NAME, "its node-name in QEMU, as -blockdev has it", shown="data")
+    directory: Path = setting(
+        keys.PATH, "where this host keeps the copy while it is the secondary", shown="/var/lib/coloebpf/web/data"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class QemuConfig:
     """[pair.qemu]: for engine = "qemu", guests of QEMU that are copied by live migration."""
 
@@ -147,11 +158,13 @@ class QemuConfig:
     command: tuple[str, ...] = setting(
         keys.WORDS,
         "how this host starts a QEMU of the guest; {qmp}, {tap0}, {tap1}, ... (devices of the NICs, in their order) "
-        "and {name} (the pair's) are filled in, -S and -incoming are added",
+        "{disk0}, ... (files of the disks, qcow2) and {name} (the pair's) are filled in, -S and -incoming are added",
         shown=[
             "qemu-system-x86_64", "-name", "{name}", "-m", "1G", "-qmp", "unix:{qmp},server=on,wait=off",
             "-netdev", "tap,id=n0,ifname={tap0},script=no,downscript=no",
             "-device", "virtio-net-pci,netdev=n0,mac=02:c0:10:00:00:01",
+            "-blockdev", "qcow2,node-name=data,file.driver=file,file.filename={disk0}",
+            "-device", "virtio-blk-pci,drive=data",
         ],
     )  # fmt: skip
     listen: Address = setting(
@@ -163,6 +176,13 @@ class QemuConfig:
     run_dir: Path = setting(
         keys.SOCKET, "sockets and logs of the QEMUs that are started here", Path("/run/coloebpf/qemu")
     )
+    disk_listen: Address | None = setting(
+        keys.optional(keys.ADDRESS, None, "no disks"),
+        "where this host takes what the guest writes to its disks; nobody but the other host may reach it",
+        None,
+        shown="10.9.9.1:7791",
+    )
+    disks: tuple[QemuDisk, ...] = table(QemuDisk, "disk", "its disks", (), many=True)
 
 
 @dataclass(frozen=True, kw_only=True)

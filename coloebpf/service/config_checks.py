@@ -62,6 +62,8 @@ def _listening(config: Config, pairs: Pairs) -> Iterator[tuple[str, Address]]:
             yield f"{at}.libxl_colo.listen", pair.libxl_colo.listen
         if pair.engine == "qemu" and pair.qemu:
             yield f"{at}.qemu.listen", pair.qemu.listen
+            if pair.qemu.disk_listen:
+                yield f"{at}.qemu.disk_listen", pair.qemu.disk_listen
 
 
 def _devices(reader: Reader, nics: Nics) -> None:
@@ -125,6 +127,11 @@ def _qemu(reader: Reader, at: str, pair: PairConfig) -> None:
     for i, nic in enumerate(pair.nics):
         if nic and not nic.standby_vif:
             _missing(reader, f"{at}.nic[{i}].standby_vif", f'{at}.engine = "qemu" needs a second tap for each NIC')
+    if pair.qemu and pair.qemu.disks and not pair.qemu.disk_listen:
+        _missing(reader, f"{at}.qemu.disk_listen", "disks need it")
+    for i in range(len(pair.qemu.disks) if pair.qemu else 0):
+        if pair.qemu and f"{{disk{i}}}" not in " ".join(pair.qemu.command):
+            reader.wrong(f"{at}.qemu.command", f"has no {{disk{i}}}", "must have the file of each disk")
     if pair.qemu and "{qmp}" not in " ".join(pair.qemu.command):
         reader.wrong(f"{at}.qemu.command", "has no {qmp}", "must make QEMU listen there, or nobody can speak to it")
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from coloebpf.control import PairState
 from coloebpf.lab import image
 from coloebpf.model import State
-from coloebpf.service.config import Address, QemuConfig
+from coloebpf.service.config import Address, QemuConfig, QemuDisk
 from coloebpf.service.engine import Committed, EngineEvent, Ready, Replacing, Suspended
 from coloebpf.service.engines.qemu_primary import QemuPrimary
+from coloebpf.service.engines.qemu_process import Process
 from coloebpf.service.engines.qemu_secondary import QemuSecondary
-from coloebpf.service.engines.qemu_vms import Vm, Vms
+from coloebpf.service.engines.qemu_vms import Vms
 
+DISK_BYTES = 64 << 20
 SOON = 30.0  # seconds that anything may take on a busy machine, a boot too
 TAPS = [("tapA",), ("tapB",)]  # by slot; nothing is attached to them here
 INDEX = {"tapA": 11, "tapB": 12}
@@ -29,13 +31,35 @@ INIT = """#!/bin/busybox sh
 i=0
 while :; do i=$((i+1)); echo "tick $i" >/dev/ttyS0; /bin/busybox sleep 0.05; done
 """
+DISK_INIT = """#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mkdir -p /dev /proc
+mount -t devtmpfs dev /dev
+for module in /modules/*.ko; do insmod $module; done
+i=0
+while :; do
+    i=$((i+1))
+    echo "block $i" | dd of=/dev/vda bs=512 seek=$i conv=fsync 2>/dev/null
+    for j in $i $((i-2)) $((i-15)); do
+        [ $j -gt 0 ] || continue
+        is=$(dd if=/dev/vda bs=512 skip=$j count=1 iflag=direct 2>/dev/null | head -n 1)
+        [ "$is" = "block $j" ] || echo "bad $j is $is" >/dev/ttyS0
+    done
+    echo "tick $i" >/dev/ttyS0
+done
+"""
+DISK = (
+    "-blockdev", "driver=qcow2,node-name=data,file.driver=file,file.filename={disk0}",
+    "-device", "virtio-blk-pci,drive=data",
+)  # fmt: skip
 
 
-def make_initramfs(work_dir: Path) -> Path:
-    """Of a guest that counts on its serial port."""
+def make_initramfs(kernel: image.Kernel, work_dir: Path, disk: bool) -> Path:
+    """Of a guest that counts on its serial port, and with a disk writes each number down and reads what it wrote."""
     init, archive = work_dir / "guest.init", work_dir / "guest.cpio"
-    init.write_text(INIT)
-    image.pack({"init": init, "bin/busybox": image.BUSYBOX}, archive)
+    init.write_text(DISK_INIT if disk else INIT)
+    modules = image.modules(kernel, (*image.VIRTIO, "drivers/block/virtio_blk.ko") if disk else ())
+    image.pack({"init": init, "bin/busybox": image.BUSYBOX, **modules}, archive)
     return archive
 
 
@@ -86,13 +110,14 @@ class FakeVifs:
 class Rig:
     """`heard`: events of both engines with their times (s), in order. `follows`: the secondary's pair lets it switch."""
 
-    def __init__(self, kernel: image.Kernel, work_dir: Path, port: int) -> None:
-        archive = make_initramfs(work_dir)
-        self.argv = command(kernel, archive)
+    def __init__(self, kernel: image.Kernel, work_dir: Path, port: int, disk: bool = False) -> None:
+        archive = make_initramfs(kernel, work_dir, disk)
+        self.argv = command(kernel, archive) + (DISK if disk else ())
         self.dirs = {host: work_dir / host for host in "ab"}
         self.configs = {
             host: QemuConfig(
-                qmp=path / "pvm.qmp", command=self.argv, listen=Address("127.0.0.1", port), run_dir=path
+                qmp=path / "pvm.qmp", command=self.argv, listen=Address("127.0.0.1", port), run_dir=path,
+                disk_listen=Address("127.0.0.1", port + 1), disks=(QemuDisk(node="data", directory=path / "data"),) if disk else (),
             )
             for host, path in self.dirs.items()
         }  # fmt: skip
@@ -127,6 +152,10 @@ class Rig:
             path.mkdir()
         qmp = self.configs["a"].qmp
         argv = [word.replace("{qmp}", str(qmp)).replace("{name}", "web") for word in self.argv]
+        raw = self.dirs["a"] / "own.img"
+        raw.write_bytes(b"")
+        os.truncate(raw, DISK_BYTES)
+        argv = [word.replace("driver=qcow2", "driver=raw").replace("{disk0}", str(raw)) for word in argv]
         self._pvm = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
         serial = Path(f"{qmp}.serial")
         await self.until(lambda: serial.exists() and b"tick 3" in serial.read_bytes(), "the guest to boot")
@@ -136,11 +165,11 @@ class Rig:
 
     async def down(self) -> None:
         """Nothing is left."""
-        await self.primary.stop()
-        await self.secondary.stop()
         if self._pvm is not None:
             self._pvm.kill()
             self._pvm.wait()
+        await self.primary.stop()
+        await self.secondary.stop()
         for pid in self.qemus("ab"):
             os.kill(pid, signal.SIGKILL)
         await self.until(lambda: not self.qemus("ab"), "the QEMUs to end")
@@ -157,11 +186,15 @@ class Rig:
 
     async def checkpoint(self) -> tuple[float, float]:
         """Milliseconds from the request to Committed, and from Suspended to the PVM's going on."""
-        begin, seen = time.monotonic(), len(self.heard)
-        await self.primary.request_checkpoint()
-        await self.until(lambda: any(isinstance(e, Committed) for _, _, e in self.heard[seen:]), "a commit")
-        when = {type(event): at for at, host, event in self.heard[seen:] if host == "a"}
-        assert list(when) == [Suspended, Committed], when
+        when: dict[type[EngineEvent], float] = {}
+        while (
+            Suspended not in when
+        ):  # else one that had begun by itself has committed: a busy machine is late to hold it
+            begin, seen = time.monotonic(), len(self.heard)
+            await self.primary.request_checkpoint()
+            await self.until(lambda: any(isinstance(e, Committed) for _, _, e in self.heard[seen:]), "a commit")  # noqa: B023
+            when = {type(event): at for at, host, event in self.heard[seen:] if host == "a"}
+            assert set(when) <= {Suspended, Committed}, when
         return (when[Committed] - begin) * 1e3, (self.resumed - when[Suspended]) * 1e3
 
     def once(self, step: str, act: Callable[[], object]) -> None:
@@ -177,7 +210,9 @@ class Rig:
     async def until(self, there: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + SOON
         while not there():
-            assert time.monotonic() < end, f"waited in vain for {what}; {self.events()} {self.said[-8:]}"
+            assert time.monotonic() < end, (
+                f"waited in vain for {what}; {self.events()} {self.said[:6]} ... {self.said[-8:]}"
+            )
             await asyncio.sleep(0.01)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
@@ -199,7 +234,7 @@ class Rig:
         assert self.primary.pvm is not None
         return str((await self.primary.pvm.do("query-status"))["status"])
 
-    async def status(self, vm: Vm | None) -> str:
+    async def status(self, vm: Process | None) -> str:
         assert vm is not None
         return str((await vm.qmp.do("query-status"))["status"])
 
@@ -212,16 +247,18 @@ class Rig:
                 line = path.read_bytes()
             except OSError:
                 continue
-            if line.startswith(b"qemu-system") and any(mark in line for mark in marks):
+            if line.startswith((b"qemu-system", b"qemu-storage")) and any(mark in line for mark in marks):
                 found.append(int(path.parent.name))
         return found
 
     def svm_ticks(self) -> int:
         """How far the guest has counted in the SVM that runs."""
         assert self.secondary.svm is not None
-        serial = self.dirs["b"] / f"web/{self.secondary.svm.slot}.qmp.serial"
-        whole = re.findall(rb"tick (\d+)\s", serial.read_bytes())
-        return int(whole[-1]) if whole else 0
+        return ticks(self.dirs["b"] / f"web/{self.secondary.svm.slot}.qmp.serial")
+
+    def pvm_ticks(self) -> int:
+        """Likewise in the PVM that the rig has started."""
+        return ticks(Path(f"{self.configs['a'].qmp}.serial"))
 
     def _hear(self, host: str, event: EngineEvent) -> None:
         self.heard.append((time.monotonic(), host, event))
@@ -244,3 +281,11 @@ class Rig:
             asyncio.get_running_loop().call_soon(engine.heard, word, number, detail)
 
         return tell
+
+
+def ticks(serial: Path) -> int:
+    """How far a guest has counted; it must not have complained of its disk."""
+    said = serial.read_bytes()
+    assert b"bad" not in said, said
+    whole = re.findall(rb"tick (\d+)\s", said)
+    return int(whole[-1]) if whole else 0

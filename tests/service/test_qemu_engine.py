@@ -21,7 +21,13 @@ Test = Callable[[Rig], Awaitable[None]]
 
 
 @pytest.fixture
-def play(tmp_path: Path) -> Callable[[Test], None]:
+def disk() -> bool:
+    """Whether the guest has one."""
+    return False
+
+
+@pytest.fixture
+def play(tmp_path: Path, disk: bool) -> Callable[[Test], None]:
     """Runs a test with a PVM that counts, and both engines."""
     kernel = image.find_kernel()
     if kernel is None:
@@ -31,7 +37,7 @@ def play(tmp_path: Path) -> Callable[[Test], None]:
         async def all_of_it() -> None:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
-            rig = Rig(kernel, tmp_path, port)
+            rig = Rig(kernel, tmp_path, port, disk)
             try:
                 await rig.up()
                 await test(rig)

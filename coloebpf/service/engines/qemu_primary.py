@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import socket
 import time
@@ -29,10 +30,12 @@ from coloebpf.service.engine import (
     Suspended,
 )
 from coloebpf.service.engines.qemu_filling import MIB, RUNNING, Filling, progress
+from coloebpf.service.engines.qemu_mirror import Mirrors
 from coloebpf.service.engines.qemu_relay import Relay
 from coloebpf.service.engines.qemu_vms import Vms
 from coloebpf.service.engines.qmp import Qmp
 from coloebpf.service.log import say
+from coloebpf.service.machine import REPLICATED
 
 WANTED = (State.SYNCING, State.LOCKSTEP, State.CHECKPOINTING)
 TEND_S = 0.1
@@ -44,6 +47,7 @@ MOVE_S = 2.0  # for the PVM's rest to leave QEMU; so long the PVM may stand stil
 WHOLE_S = 5.0  # for the standby to load it
 CONT_S = 1.0  # for QEMU to be done with a migration that has completed
 NOT_YET = "Migration is not finalized yet"  # QEMU's words for that
+CUT_S = 1.0  # for the secondary: one command; the PVM stands still meanwhile
 UNDO_S = 1.0
 STOPPED = ("paused", "postmigrate", "finish-migrate")  # what a checkpoint may leave behind
 
@@ -69,8 +73,9 @@ class Copy:
         self.standby = standby
         self.relay: Relay | None = None
         self.filling: Filling | None = None
-        self.stop, self.moved, self.switched, self.whole = (loop.create_future() for _ in range(4))
-        self.futures: tuple[asyncio.Future[None], ...] = (self.stop, self.moved, self.switched, self.whole)
+        self.cutting = False  # the secondary was told to close the disks
+        self.stop, self.moved, self.switched, self.cut, self.whole = (loop.create_future() for _ in range(5))
+        self.futures: tuple[asyncio.Future[None], ...] = (self.stop, self.moved, self.switched, self.cut, self.whole)
 
     def fail(self, reason: str) -> None:
         """Whoever waits for something of it hears that it won't come."""
@@ -99,6 +104,7 @@ class QemuPrimary:
         self._pace = vms.config.fill_mib_s * MIB
         self.pvm: Qmp | None = None
         self.resumed_s = 0.0  # when the PVM went on last
+        self._mirrors = Mirrors(vms.config)
         self._standby: Standby | None = None
         self.copy: Copy | None = None
         self._requested = False  # a checkpoint is due
@@ -106,6 +112,7 @@ class QemuPrimary:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._working: asyncio.Task[None] | None = None
+        self._mirroring: asyncio.Task[None] | None = None
         self._stopped = False
         self._asked_s = 0.0
 
@@ -136,6 +143,7 @@ class QemuPrimary:
         self._standby = None
         await self._give_up("the secondary is given up")
         if self.pvm is not None:
+            await self._end_mirrors(self.pvm)
             asyncio.get_running_loop().call_soon(self._emit, Ready())
 
     async def stop(self) -> None:
@@ -164,6 +172,14 @@ class QemuPrimary:
                 if self.copy is not None and copy is None:
                     self.copy.fail("the secondary has another standby")
                 self._wake.set()
+            case "exported":
+                host, port = detail.split()
+                self._mirroring = asyncio.get_running_loop().create_task(self._mirror(host, int(port)))
+            case "nodisks":
+                self._emit(Failed(detail, fatal=True))
+                self._emit(Ready())
+            case "cut" if copy:
+                copy.came(copy.cut)
             case "switched" if copy:
                 copy.came(copy.switched)
             case "whole" if copy:
@@ -193,28 +209,59 @@ class QemuPrimary:
             if not wanted and self._asked:
                 self._requested = self._asked = False
                 await self._give_up("the protection has ended")
+                if self.pvm is not None:
+                    await self._end_mirrors(self.pvm)
             now = asyncio.get_running_loop().time()
             if wanted and self._standby is None and self.copy is None and now - self._asked_s > ASK_S:
                 self._asked_s = now
                 self._say_to("ask", 0, "")
+                if self.pvm is not None and self._mirrors.due and self._asked:
+                    with contextlib.suppress(EngineError):
+                        self._say_to("disks", 0, json.dumps(await self._mirrors.sizes(self.pvm)))
             await asyncio.sleep(TEND_S)
 
     async def _connect(self) -> None:
         slot = self._vms.guest()
-        path = self._vms.config.qmp if slot is None else self._vms.socket(slot)
+        path = self._vms.config.qmp if slot is None else self._vms.socket(str(slot))
         if not path.exists():
             return
         pvm = Qmp(f"the QEMU of {self._vms.name}", self._event, self._gone)
         await pvm.connect(path)
         # A service that was killed in the middle of a checkpoint may have left it so. An unprotected guest that stands
         # still does so by an operator's will.
+        followed = await self._mirrors.adopt(pvm)
         if self._state() is not State.UNPROTECTED:
+            if (await pvm.do("query-status"))["status"] in STOPPED and self._mirrors.nodes:
+                await self._mirrors.end(pvm)  # nobody knows whether the secondary has closed the disks
+                followed = False
             await self._go_on(pvm)
         self.pvm = pvm
         self._emit(Ready())
+        if self._state() in REPLICATED and not followed:
+            self._emit(Failed("the guest's disks are not copied any more", fatal=True))
+
+    async def _mirror(self, host: str, port: int) -> None:
+        if self.pvm is None or not self._mirrors.due:
+            return
+        try:
+            await self._mirrors.begin(self.pvm, host, port)
+        except EngineError as e:
+            await self._end_mirrors(self.pvm)
+            self._emit(Failed(str(e), fatal=True))
+            self._emit(Ready())
+
+    async def _end_mirrors(self, pvm: Qmp) -> None:
+        try:
+            await self._mirrors.end(pvm)
+        except (EngineError, TimeoutError) as e:
+            say(logger, logging.ERROR, "the copies of the disks go on", pair=self._vms.name, error=e)
 
     def _event(self, name: str, data: Mapping[str, Any]) -> None:
         copy = self.copy
+        if self._mirrors.event(name, data):
+            self._wake.set()
+            if self._mirrors.broken:
+                self._emit(Failed(self._mirrors.broken, fatal=True))
         if copy is None:
             return
         if name == "STOP":
@@ -257,7 +304,7 @@ class QemuPrimary:
         """Why this guest can't be protected: a disk that it can write, and its SVM would have none like it."""
         for device in await pvm.do("query-block"):
             medium = device.get("inserted")
-            if medium and not medium.get("ro"):
+            if medium and not medium.get("ro") and not self._mirrors.has(str(medium.get("node-name"))):
                 name = device.get("device") or device.get("qdev") or medium.get("node-name")
                 return (
                     f"disk {name} of {self._vms.name} can be written and is not replicated: "
@@ -271,7 +318,7 @@ class QemuPrimary:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if not (self._asked and self.pvm is not None and self._standby is not None):
+            if not (self._asked and self._mirrors.ready and self.pvm is not None and self._standby is not None):
                 continue
             standby, self._standby = self._standby, None
             self.copy = Copy(standby)
@@ -292,9 +339,9 @@ class QemuPrimary:
             requested, copy.filling = self._requested, None  # one that is asked for from here on gets the next copy
             await self._undo(copy, pvm, str(e))
             say(logger, logging.WARNING, "a copy came to nothing", pair=self._vms.name, reason=e)
-            if requested:
+            if requested or self._mirrors.broken:
                 self._requested = False
-                self._emit(Failed(str(e)))
+                self._emit(Failed(self._mirrors.broken or str(e), fatal=bool(self._mirrors.broken)))
         except asyncio.CancelledError:
             await self._undo(copy, pvm, "given up")
             raise
@@ -317,6 +364,10 @@ class QemuPrimary:
         self._emit(Suspended(requested=self._requested))
         await self._within(copy.moved, MOVE_S, "the PVM's rest was not moved")
         relay.let_go()
+        if self._mirrors.nodes:
+            copy.cutting = True
+            self._say_to("cut", copy.number, "")
+            await self._within(copy.cut, CUT_S, "the secondary has not closed the disks behind the PVM's last write")
         await self._cont(pvm)
         self.resumed_s = time.monotonic()
         await self._within(copy.whole, WHOLE_S, "the standby has not got the whole state")
@@ -390,6 +441,10 @@ class QemuPrimary:
                 await pvm.do("migrate_cancel")
                 while (await progress(pvm)).status in (*RUNNING, "cancelling"):
                     await asyncio.sleep(0.01)
+                if copy.cutting and (not copy.cut.done() or copy.cut.exception()):
+                    # Its next writes must not get into a layer that an SVM may already stand on.
+                    await self._mirrors.end(pvm)
+                    self._mirrors.broken = "a checkpoint broke off at the disks"
                 await self._go_on(pvm)
         except (EngineError, TimeoutError) as e:
             say(logger, logging.WARNING, "the PVM's QEMU does not answer", pair=self._vms.name, error=e, after=reason)

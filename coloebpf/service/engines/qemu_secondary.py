@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import itertools
+import json
 import logging
 import secrets
 import socket
@@ -19,11 +20,14 @@ from coloebpf.control import PairState
 from coloebpf.errors import EngineError
 from coloebpf.model import State
 from coloebpf.service.engine import DomainGone, Emit, EngineEvent, Ready, Replacing, Say
+from coloebpf.service.engines.qemu_disks import Disks
 from coloebpf.service.engines.qemu_filling import CAPABILITIES
 from coloebpf.service.engines.qemu_primary import TEND_S, WANTED
-from coloebpf.service.engines.qemu_vms import SLOTS, Vm, Vms
+from coloebpf.service.engines.qemu_process import Process
+from coloebpf.service.engines.qemu_vms import SLOTS, Vms
 from coloebpf.service.engines.qmp import Qmp
 from coloebpf.service.log import say
+from coloebpf.service.machine import REPLICATED
 from coloebpf.vifs import SvmVifs
 
 TOKEN_BYTES = 16  # random, of each standby; twice as many hexadecimal digits on the wire
@@ -35,12 +39,15 @@ logger = logging.getLogger("coloebpf.qemu")
 
 
 class Standby:
-    """A QEMU that takes in a copy. `trial`: client frames go to it already; `whole`: it has the state."""
+    """A QEMU that takes in a copy. `trial`: client frames go to it already; `loaded`: it has the PVM's memory.
 
-    def __init__(self, vm: Vm, number: int) -> None:
+    `cut`: its disks are closed behind the PVM's last write.
+    """
+
+    def __init__(self, vm: Process, number: int) -> None:
         self.vm, self.number = vm, number
         self.token = secrets.token_hex(TOKEN_BYTES)
-        self.taken = self.trial = self.whole = False
+        self.taken = self.trial = self.loaded = self.cut = False
 
 
 class QemuSecondary:
@@ -69,7 +76,8 @@ class QemuSecondary:
         self._vms, self._vifs, self._emit_to, self._say_to, self._pair, self._index = (
             vms, vifs, emit, tell, state, index,
         )  # fmt: skip
-        self.svm: Vm | None = None
+        self._disks = Disks(vms.name, vms.config)
+        self.svm: Process | None = None
         self.standby: Standby | None = None
         self._paused = False  # the SVM was not told to run yet
         self._leaving: set[asyncio.Task[None]] = set()  # QEMUs that are being ended
@@ -109,6 +117,7 @@ class QemuSecondary:
         await self.svm.qmp.do("cont")
         self._paused = False
         self._vms.note_guest(self.svm.slot)
+        await self._disks.end()
 
     async def stop(self) -> None:
         """See Engine. The QEMUs go on."""
@@ -118,6 +127,7 @@ class QemuSecondary:
         await asyncio.gather(*self._tasks, *self._leaving, return_exceptions=True)
         if self._listener is not None:
             self._listener.close()
+        await self._disks.close()
         for vm in (self.svm, self.standby.vm if self.standby else None):
             if vm is not None:
                 await vm.qmp.close()
@@ -132,8 +142,12 @@ class QemuSecondary:
                 if self.standby is not None and self.standby.taken and not self.standby.trial:
                     self._discard()  # it was another service's, or its copy has broken
                 self._offer()
+            case "disks":
+                self._spawn(self._copy_disks(json.loads(detail)))
             case "switch" if known:
                 self._switch()
+            case "cut" if self.standby is not None and known:
+                self._spawn(self._cut(self.standby))
             case "switch":
                 self._say_to("lost", number, "there is no such standby")
             case "go" if self._paused:
@@ -151,7 +165,7 @@ class QemuSecondary:
         self._vifs.withdraw()
         here = self._vifs.here(self._nics[0])
         for slot in SLOTS:
-            vm = await self._vms.adopt(slot)
+            vm = await self._vms.adopt(str(slot))
             if vm is None:
                 continue
             status = (await vm.qmp.do("query-status"))["status"]
@@ -159,6 +173,8 @@ class QemuSecondary:
                 self.svm, self._paused = vm, status != "running"
             else:
                 await self._vms.end(vm)
+        if self._vms.config.disks and not await self._disks.adopt() and self._pair().state in REPLICATED:
+            self._svm_gone("the SVM's disks are not followed any more")
         if self._paused:
             asyncio.get_running_loop().call_later(GO_S, self._run_svm)
 
@@ -166,7 +182,8 @@ class QemuSecondary:
         while True:
             state = self._pair().state
             pause = TEND_S
-            if state in WANTED and not self._mine and self.standby is None:
+            ready = self._disks.there or not self._vms.config.disks
+            if state in WANTED and ready and not self._mine and self.standby is None:
                 try:
                     await self._start_standby()
                 except EngineError as e:
@@ -179,7 +196,29 @@ class QemuSecondary:
                 if self.svm is not None:
                     self._leave(self.svm)
                     self.svm = None
+                await self._disks.end()
             await asyncio.sleep(pause)
+
+    async def _copy_disks(self, sizes: list[int]) -> None:
+        """A protection begins: empty copies, which nobody reads from before they are whole."""
+        if self._pair().state is not State.SYNCING:
+            return
+        if self.standby is not None:
+            self._discard()
+        if self.svm is not None:
+            self._leave(self.svm)
+            self.svm = None
+        if self._leaving:
+            await asyncio.wait(self._leaving)
+        listen = self._vms.config.disk_listen
+        try:
+            await self._disks.begin(sizes)
+        except (EngineError, OSError) as e:
+            say(logger, logging.ERROR, "there is no place for the guest's disks", pair=self._vms.name, error=e)
+            self._say_to("nodisks", 0, str(e))
+            return
+        assert listen is not None
+        self._say_to("exported", 0, f"{listen.host} {listen.port}")
 
     async def _start_standby(self) -> None:
         if self._leaving:
@@ -188,9 +227,11 @@ class QemuSecondary:
         self._vms.note_guest(None)
         if slot == 0 and self.svm is None and self._vms.config.qmp.exists():
             await self._end_old_guest()
-        vm = await self._vms.start(slot)
+        files = await self._disks.layer(slot) if self._vms.config.disks else []
+        vm = await self._vms.boot(slot, files)
         try:
-            await vm.qmp.do("migrate-set-capabilities", capabilities=CAPABILITIES)
+            late = {"capability": "late-block-activate", "state": True}  # they are opened when the SVM is to run
+            await vm.qmp.do("migrate-set-capabilities", capabilities=[*CAPABILITIES, late])
             await vm.qmp.do("migrate-set-parameters", announce_rounds=0)
         except EngineError:
             await self._vms.end(vm)
@@ -271,7 +312,7 @@ class QemuSecondary:
             self._vifs.withdraw()
         return standby.trial
 
-    def _event(self, vm: Vm, name: str, data: Mapping[str, Any]) -> None:
+    def _event(self, vm: Process, name: str, data: Mapping[str, Any]) -> None:
         standby = self.standby
         if standby is None or standby.vm is not vm or name != "MIGRATION":
             return
@@ -281,12 +322,38 @@ class QemuSecondary:
             if not standby.trial and not self._try(standby):  # it has ended before anybody could say so
                 self._lost(standby, "the secondary follows no primary")
                 return
-            self._vifs.settle()
-            old, self.svm, self.standby, self._paused = self.svm, vm, None, True
-            if old is not None:
-                self._leave(old)
-            self._say_to("whole", standby.number, "")
-            asyncio.get_running_loop().call_later(GO_S, self._run_svm)
+            standby.loaded = True
+            self._settle(standby)
+
+    async def _cut(self, standby: Standby) -> None:
+        """The PVM stands still, and does so until it hears of it: what it writes later is none of this copy's."""
+        try:
+            await self._disks.hold()
+            await self._disks.cut()
+        except EngineError as e:
+            self._lost(standby, str(e))
+            return
+        standby.cut = True
+        self._say_to("cut", standby.number, "")
+        self._settle(standby)
+
+    def _settle(self, standby: Standby) -> None:
+        """Memory and disks are whole: there is no way back, and none is needed."""
+        if self.standby is not standby or not standby.loaded or (self._vms.config.disks and not standby.cut):
+            return
+        self._vifs.settle()
+        old, self.svm, self.standby, self._paused = self.svm, standby.vm, None, True
+        if old is not None:
+            self._leave(old)
+        if self._vms.config.disks:
+            self._spawn(self._merge())
+        self._say_to("whole", standby.number, "")
+        asyncio.get_running_loop().call_later(GO_S, self._run_svm)
+
+    async def _merge(self) -> None:
+        if self._leaving:
+            await asyncio.wait(self._leaving)  # the old SVM reads what would be merged
+        self._disks.settle()
 
     def _run_svm(self) -> None:
         """The primary has committed: what the SVM sends from here on counts."""
@@ -295,7 +362,7 @@ class QemuSecondary:
         self._paused = False
         self._spawn(self._cont(self.svm))
 
-    async def _cont(self, svm: Vm) -> None:
+    async def _cont(self, svm: Process) -> None:
         try:
             await svm.qmp.do("cont")
         except EngineError as e:
@@ -314,7 +381,7 @@ class QemuSecondary:
             self._discard()
         self._say_to("lost", standby.number, reason)
 
-    def _gone(self, vm: Vm) -> None:
+    def _gone(self, vm: Process) -> None:
         if self.standby is not None and self.standby.vm is vm:
             self._lost(self.standby, "the standby's QEMU is gone")
         elif self.svm is vm:
@@ -328,7 +395,7 @@ class QemuSecondary:
         self._say_to("gone", 0, reason)
         self._emit(DomainGone(reason))
 
-    def _leave(self, vm: Vm) -> None:
+    def _leave(self, vm: Process) -> None:
         """Ends a QEMU, in the background."""
         task = asyncio.get_running_loop().create_task(self._vms.end(vm))
         self._leaving.add(task)
