@@ -16,9 +16,9 @@ from coloebpf.model import State
 from coloebpf.service.engine import Committed, DomainGone, EngineEvent, Failed, Ready, SecondaryGone, Suspended
 from coloebpf.service.engines import qemu_filling, qemu_primary
 from tests.service.qemu_rig import INDEX, Rig
-from tests.service.test_qemu_engine import Test, play
+from tests.service.test_qemu_engine import Test, disk, play
 
-__all__ = ["play"]  # the fixture
+__all__ = ["disk", "play"]  # fixtures
 
 pytestmark = pytest.mark.vm
 

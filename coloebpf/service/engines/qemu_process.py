@@ -62,12 +62,11 @@ class Processes:
         process = self._process(name, child.pid, child)
         try:
             async with asyncio.timeout(START_S):
-                while not self.socket(name).exists():
+                while not await self._answers(process):
                     if child.poll() is not None:
                         said = self._log(name).read_text(errors="replace").strip()[-300:] or "it said nothing"
                         raise EngineError(f"{argv[0]} of {self.title} ended at its start: {said}")
                     await asyncio.sleep(LOOK_S)
-                await process.qmp.connect(self.socket(name))
         except TimeoutError as e:
             await self.end(process)
             raise EngineError(f"{argv[0]} of {self.title} has not opened its QMP in {START_S:g} s") from e
@@ -75,6 +74,16 @@ class Processes:
             await self.end(process)
             raise
         return process
+
+    async def _answers(self, process: Process) -> bool:
+        """Its socket is there a moment before it listens."""
+        if not self.socket(process.name).exists():
+            return False
+        try:
+            await process.qmp.connect(self.socket(process.name))
+        except EngineError:
+            return False
+        return True
 
     async def adopt(self, name: str) -> Process | None:
         """What an earlier service has left, if it answers; else it is ended."""
