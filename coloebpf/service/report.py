@@ -76,9 +76,10 @@ class Reporter:
         status.state_for_ms = status.mode_for_ms = _ms(now - pair.state_since_ns)
         status.alone_pending, status.epoch = pair.machine.alone_pending, pair.note().epoch
         status.engine_ready, status.findings = pair.engine_ready, dict(self.world.findings(pair.number))
-        if pair.deadline_ns:
-            status.arbiter_deadline_in_ms = _ms(pair.deadline_ns - now)
-            status.silent = pair.deadline_ns < now and pair.machine.state is not State.HALTED
+        deadline_ns = self.world.control.deadline(pair.number)  # what the programs go by
+        if deadline_ns:
+            status.arbiter_deadline_in_ms = _ms(deadline_ns - now)
+            status.silent = deadline_ns < now and pair.machine.state is not State.HALTED
         if isinstance(pair, Primary):
             _checkpoints(status, pair, now)
         return status
