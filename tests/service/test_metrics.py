@@ -343,7 +343,7 @@ def test_a_reader_that_takes_nothing_is_cut_off_and_disturbs_nobody(monkeypatch:
     monkeypatch.setattr(Page, "text", big)
 
     async def run() -> None:
-        async with serving(timeout_s=1.0) as server:
+        async with serving(timeout_s=4.0) as server:
             lazy = [await asyncio.open_connection("127.0.0.1", server.port, limit=1024) for _ in range(8)]
             for _, writer in lazy:
                 writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
