@@ -34,8 +34,9 @@
 #define FIFO_HIGH (MAX_FIFO - MAX_FIFO / 4)     /* a flow asks for a checkpoint from here on: three quarters leave time for one */
 #define SLOTS_LOW (MAX_SLOTS / 4) /* the slab asks for a checkpoint when no more than these are free */
 #ifndef DRAIN_STEPS
-#define DRAIN_STEPS 8      /* steps of one drain run (again what the verifier can follow); it tail-calls itself, up to the kernel's 33 times */
+#define DRAIN_STEPS 8      /* steps of one drain run (again what the verifier can follow); it tail-calls itself */
 #endif
+#define TAIL_CALLS 33      /* that one run may make: MAX_TAIL_CALL_CNT of linux/bpf.h (kernel) */
 #define RUNS 4             /* pieces of the SVM's stream behind holes that a flow remembers; an ACK has room for three */
 #define MAX_SEGMENTS 66    /* of a super-packet; 64 KiB of an MSS of 1,220 (IPv6's least) are 54 */
 #ifndef GSO_BATCH

@@ -230,6 +230,8 @@ int drain(struct __sk_buff *skb)
 		if (staged && bpf_clone_redirect(skb, vif, BPF_F_INGRESS))
 			drop(&at, DROP_EMIT);
 		staged = load_vessel(skb, &at, slot, h, index, f->generation, (mode & MODE_PARTIAL) && f->key.vlan[0]);
+		if (mode & MODE_PARTIAL)
+			skb->tc_index |= TAG_OPEN_SUM;
 		own = 0; /* it is no longer the packet it came as */
 		if (!staged)
 			drop(&at, DROP_EMIT);

@@ -160,10 +160,17 @@ static __always_inline int pass_original(struct __sk_buff *skb, const struct pla
 	return VERDICT_PASS;
 }
 
+/* Where the transport header of the flow's packets is; with IP options or extension headers that isn't known (0). */
+static __always_inline u32 usual_l4(const struct flow_key *key)
+{
+	bool ip4 = key->guest[2] == bpf_htonl(0xffff) && !key->guest[0] && !key->guest[1];
+	return key->extra ? 0 : 14 + (key->vlan[0] ? 4 : 0) + (key->vlan[1] ? 4 : 0) + (ip4 ? 20 : 40);
+}
+
 /* A released packet comes back through the vif: it goes on to the bridge. If others of its flow had to wait for it, this CPU sends them now. */
 static __always_inline int come_back(struct __sk_buff *skb, const struct place *at)
 {
-	u32 index = skb->mark & FLOW_MASK, generation = skb->tc_index, zero = 0;
+	u32 index = skb->mark & FLOW_MASK, tag = skb->tc_index, zero = 0;
 	struct flow *f = index < MAX_FLOWS ? flows.lookup(&index) : NULL;
 	struct held_table *t = held.lookup(&zero);
 	bool drains = false;
@@ -171,7 +178,7 @@ static __always_inline int come_back(struct __sk_buff *skb, const struct place *
 	at->count->reentered++;
 	if (f && t) {
 		bpf_spin_lock(&f->lock);
-		if ((f->flags & FLOW_LIVE) && (f->generation & 0xffff) == generation && f->in_flight) {
+		if ((f->flags & FLOW_LIVE) && !((f->generation ^ tag) & TAG_GENERATION) && f->in_flight) {
 			f->in_flight--;
 			if (f->work || (f->p_head != NONE && releasable(f, record(t, f->p_head)))) {
 				if (f->owner) {
@@ -190,10 +197,10 @@ static __always_inline int come_back(struct __sk_buff *skb, const struct place *
 		if (notes)
 			notes->now = bpf_ktime_get_ns();
 		skb->cb[CB_FLOW] = index;
-		skb->cb[CB_MODE] = MODE_CLONE_FIRST;
+		skb->cb[CB_MODE] = MODE_CLONE_FIRST | (tag & TAG_OPEN_SUM ? MODE_PARTIAL : 0);
 		skb->cb[CB_OWN] = 0;
 		skb->cb[CB_STAGED] = 0;
-		skb->cb[CB_PARTIAL] = 0;
+		skb->cb[CB_PARTIAL] = usual_l4(&f->key);
 		tc_stages.call(skb, STAGE_DRAIN);
 	}
 	skb->mark = 0;
@@ -547,7 +554,7 @@ int pass_whole(struct __sk_buff *skb)
 	if (!work)
 		return verdict;
 	if (verdict == VERDICT_PASS) { /* more came in the meantime: this one goes first, as a clone, then serves as vessel */
-		put_tag(skb, &at, index, f->generation);
+		put_tag(skb, &at, index, f->generation, skb->cb[CB_MODE] & MODE_PARTIAL);
 		skb->cb[CB_MODE] |= MODE_CLONE_FIRST;
 		skb->cb[CB_OWN] = 0;
 		skb->cb[CB_STAGED] = 0;

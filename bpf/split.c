@@ -63,7 +63,7 @@ static __always_inline int split_packet(struct __sk_buff *skb, u32 kind, int bat
 	struct flow *f = flows.lookup(&ref.index);
 	struct place at;
 	bool done = false, drains = false, whole = false;
-	u32 l4 = 0, sack = 0;
+	u32 l4 = 0, sack = 0, steps = 0;
 
 	if (!t || !f || !keys || !gso || !place_of_vif(&at, skb->ifindex))
 		return VERDICT_DROP;
@@ -158,16 +158,19 @@ static __always_inline int split_packet(struct __sk_buff *skb, u32 kind, int bat
 		} else if (at.state != CHECKPOINTING && (f->s_count || f->epoch != at.epoch || releasable(f, record(t, f->p_head)))) {
 			f->owner = 1;
 			drains = true;
+			steps = own + f->s_count;
 		}
 	}
 	bpf_spin_unlock(&f->lock);
 	if (drains) {
+		/* Before it passes whole nothing is sent that would come back and go on, so the calls that are left must do for all of it. */
+		bool fits = (next + batch - 1) / batch + steps / DRAIN_STEPS + 4 <= TAIL_CALLS;
 		struct scratch *notes = scratch.lookup(&zero);
 		if (notes)
 			notes->now = now;
 		skb->cb[CB_FLOW] = ref.index;
 		skb->cb[CB_MODE] = MODE_PARTIAL;
-		skb->cb[CB_OWN] = whole && !sack ? own : 0; /* with refused segments the super-packet must not pass */
+		skb->cb[CB_OWN] = whole && fits && !sack ? own : 0; /* with refused segments the super-packet must not pass */
 		skb->cb[CB_STAGED] = 0;
 		skb->cb[CB_PARTIAL] = l4;
 		tc_stages.call(skb, STAGE_DRAIN);

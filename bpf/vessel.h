@@ -87,12 +87,15 @@ static __always_inline void note_timestamps(struct flow *f, const struct slot *s
 	}
 }
 
+#define TAG_GENERATION 0x7fffu
+#define TAG_OPEN_SUM 0x8000u /* its checksum is still to be filled in by the kernel: what uses it as a vessel needs MODE_PARTIAL */
+
 /* A released packet carries its flow's number through the backlog in the mark, beside the bits that no other packet has, and some bits of the flow's
  * generation in tc_index. (skb->priority would not survive: dev_forward_skb() clears it.) */
-static __always_inline void put_tag(struct __sk_buff *skb, const struct place *at, u32 index, u32 generation)
+static __always_inline void put_tag(struct __sk_buff *skb, const struct place *at, u32 index, u32 generation, bool open_sum)
 {
 	skb->mark = (at->set->mark & ~FLOW_MASK) | (index & FLOW_MASK);
-	skb->tc_index = generation & 0xffff;
+	skb->tc_index = (generation & TAG_GENERATION) | (open_sum ? TAG_OPEN_SUM : 0);
 }
 
 /* Blanks out the PVM's SACK option if the SVM has not reported, or acknowledged, all of its blocks: the client takes them for received and would not
@@ -141,7 +144,7 @@ static __always_inline bool blank_sack(struct slot *slot, const struct held *h, 
 /* What a vessel carries beside its bytes. */
 static __always_inline void dress(struct __sk_buff *skb, const struct place *at, const struct held *h, u32 index, u32 generation)
 {
-	put_tag(skb, at, index, generation);
+	put_tag(skb, at, index, generation, false);
 	bpf_set_hash(skb, h->hash);
 }
 
