@@ -208,7 +208,10 @@ class PairConfig:
         ms(100, HOUR_MS), 'for "open": without the service for so long', 2000, live=True
     )
     compare_timeout_ms: int = setting(
-        ms(10, 60_000), "output unproven for longer asks for a checkpoint", 200, live=True
+        ms(10, 60_000),
+        "output unproven for longer asks for a checkpoint; of several pairs the shortest counts",
+        200,
+        live=True,
     )
     interval_min_ms: int = setting(
         ms(0, 60_000), "from a commit to the next request for a checkpoint, at least", 20, live=True

@@ -43,6 +43,7 @@ CONFIGURED: tuple[tuple[str, Check], ...] = (
     ("guest", guest.configuration),
     ("certificates", link.certificates),
     ("peer", link.peer),
+    ("arbiter", link.arbiter),
     ("service", link.service),
 )
 

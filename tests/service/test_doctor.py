@@ -22,7 +22,7 @@ from coloebpf.preflight import Preflight
 from coloebpf.service import doctor
 from coloebpf.service.checks import guest, link, machine, network
 from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
-from coloebpf.service.config import Config, parse
+from coloebpf.service.config import ArbiterConfig, CommandConfig, Config, EtcdConfig, parse
 from coloebpf.service.config_example import example
 from coloebpf.service.config_keys import Address
 from coloebpf.service.doctor import CHECKS, CONFIGURED, Row
@@ -476,6 +476,37 @@ def test_a_peer_that_connects_itself_need_not_listen(root: Path) -> None:
     assert "its service connects to this one" in found.text
     nowhere = with_peer(config, connect=Address("192.0.2.77", 1))
     assert levels(link.peer(host(root, nowhere))) == [WARN]
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "text"),
+    [
+        ("none", OK, "pairs without one"),
+        ("etcd", WARN, "etcd: etcd does not answer (http://127.0.0.1:"),
+        ("command", WARN, "command: fencing command /nonexistent/fence is no program"),
+    ],
+)
+def test_the_arbiter(root: Path, kind: str, level: str, text: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        nobody = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    asked = ArbiterConfig(
+        etcd=EtcdConfig(endpoints=(nobody,), request_timeout_ms=500),
+        command=CommandConfig(fence=("/nonexistent/fence",)),
+    )
+    config = dataclasses.replace(with_pair(example_config(), arbiter=kind), arbiter=asked)
+    (found,) = link.arbiter(host(root, config))
+    assert found.level == level
+    assert found.text.startswith(text)
+
+
+def test_a_fencing_command_is_not_run_by_the_doctor(root: Path, tmp_path: Path) -> None:
+    fence = tmp_path / "fence"
+    fence.write_text(f"#!/bin/sh\ntouch {tmp_path}/fenced\n")
+    fence.chmod(0o700)
+    asked = ArbiterConfig(command=CommandConfig(fence=(str(fence),)))
+    config = dataclasses.replace(with_pair(example_config(), arbiter="command"), arbiter=asked)
+    assert levels(link.arbiter(host(root, config))) == [OK]
+    assert not (tmp_path / "fenced").exists()
 
 
 def test_the_service_and_its_warnings(root: Path, tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
-"""The way to the other host, and to the service on this one."""
+"""The way to the other host, to the arbiter, and to the service on this one."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import time
 from collections.abc import Iterator
 
-from coloebpf.errors import NoServiceError
+from coloebpf.errors import ArbiterError, NoServiceError
+from coloebpf.service import arbiters
 from coloebpf.service.checks.finding import OK, WARN, Finding, Host
 from coloebpf.service.commands import client
 from coloebpf.service.concerns import RENEW_DAYS
+from coloebpf.service.config import Config
 from coloebpf.service.peer import pki
 from coloebpf.service.peer.link import opens
 
@@ -56,6 +60,29 @@ def peer(host: Host) -> Iterator[Finding]:
         )
     else:
         yield Finding(OK, f"{where} answers")
+
+
+def arbiter(host: Host) -> Iterator[Finding]:
+    """Would answer, if it were asked now. The fencing command is looked for, and not run."""
+    kinds = sorted({pair.arbiter for pair in host.known.pairs})
+    for kind in kinds:
+        if kind == "none":
+            yield Finding(OK, "pairs without one: nobody is promoted but by `coloebpf failover`")
+            continue
+        try:
+            asyncio.run(_asked(kind, host.known))
+        except ArbiterError as error:
+            yield Finding(WARN, f"{kind}: {error}", f"without it a lost host is not survived: look at [arbiter.{kind}]")
+        else:
+            yield Finding(OK, f"{kind}: {'it answers' if kind == 'etcd' else 'its command is there'}")
+
+
+async def _asked(kind: str, config: Config) -> None:
+    asked = arbiters.make(kind, config.arbiter, config.host.name, time.monotonic_ns)
+    try:
+        await asked.check()
+    finally:
+        await asked.close()
 
 
 def service(host: Host) -> Iterator[Finding]:
