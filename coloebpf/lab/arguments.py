@@ -39,7 +39,7 @@ def _commands(lab: Any) -> None:
         "make a lab, with the dataplane in lock-step",
         "sometimes",
         usage="coloebpf lab up [--guests none|process|qemu] [--nics N] [--vlan] [--mtu 1500|9000] "
-        "[--bare | --unprotected] [--arbiter command|none] [--peer-timeout MS] [--name NAME] [--json] [-- CMD...]",
+        "[--bare | --unprotected] [--arbiter command|etcd|none] [--peer-timeout MS] [--name NAME] [--json] [-- CMD...]",
     )
     up.add_argument(
         "--guests",
@@ -64,7 +64,8 @@ def _commands(lab: Any) -> None:
     )
     up.add_argument(
         "--arbiter", choices=plan.ARBITERS, default=plan.ARBITERS[0],
-        help="who says which host goes on alone; command: a switch turns the other one off (default: %(default)s)",
+        help="who says which host goes on alone; command: a switch turns the other one off; etcd: a server on the "
+        "management network; none: an operator (default: %(default)s)",
     )  # fmt: skip
     up.add_argument(
         "--peer-timeout", type=_milliseconds, default=200, metavar="MS",
@@ -130,7 +131,7 @@ def _up(args: argparse.Namespace) -> None:
     )  # fmt: skip
     from coloebpf.lab import needs
 
-    needs.check(needs.VIRTUAL if wanted.virtual else {})
+    needs.check((needs.VIRTUAL if wanted.virtual else {}) | (needs.ETCD if args.arbiter == "etcd" else {}))
     from coloebpf.lab import commands, hosts, report, services
 
     bring_up = partial(services.bring_up, protected=not args.unprotected)

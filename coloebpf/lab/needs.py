@@ -17,6 +17,7 @@ VIRTUAL = {
     "cpio": "cpio",
     "dropbear": "dropbear-bin",
 }
+ETCD = {"etcd": "etcd-server"}  # of a lab whose arbiter it is
 
 
 def check(tools: Mapping[str, str] | None = None, preflight: Callable[[], Headers] | None = None) -> None:

@@ -11,19 +11,20 @@ from coloebpf.errors import LabError
 RUN_ROOT = Path("/run/coloebpf/lab")
 PIN_ROOT = Path("/sys/fs/bpf/coloebpf/lab")
 
-NODES = ("client", "lan", "primary", "secondary", "pvm", "svm")
+ARBITER = "arbiter"  # the switch of the management network, and the machine on it that has the last word
+NODES = ("client", "lan", "primary", "secondary", "pvm", "svm", ARBITER)
 HOSTS = ("primary", "secondary")
 GUESTS = ("pvm", "svm")
 MODES = ("none", "process", "qemu")  # what the guests are
 # Where `lab exec` goes: the lan is a switch, nothing runs on it.
-EXEC_NODES = ("client", "primary", "secondary", "pvm", "svm")
+EXEC_NODES = tuple(node for node in NODES if node != "lan")
 
 PAIR = 0  # the lab has one guest, so one pair, whatever the number of its NICs
 MAX_NICS = 64  # the dataplane's limit of NICs on a host
 MTUS = (1500, 9000)
 MGMT = "mgmt0"  # the services' own network, as NICs of its own would be on real hosts
-MANAGEMENT = {"primary": "192.0.2.1", "secondary": "192.0.2.2"}  # RFC 5737
-ARBITERS = ("command", "none")  # command: the lab's own power switch
+MANAGEMENT = {"primary": "192.0.2.1", "secondary": "192.0.2.2", ARBITER: "192.0.2.3"}  # RFC 5737
+ARBITERS = ("command", "etcd", "none")  # command: the lab's own power switch
 FIRST_VLAN = 100  # VLAN id of NIC 0 on a shared forward link
 FWD_HEADROOM = 8  # bytes above the guest's MTU: coloebpf's own tag and one of the guest's
 NAME_LENGTH = 32
@@ -157,19 +158,21 @@ class LabPlan:
         return End("client", "eth0", "02:c0:10:01:00:01")
 
     def bridges(self) -> list[End]:
-        """The switch, and each host's bridge; all are called br0."""
-        return [
+        """The switches, and each host's bridge; all are called br0."""
+        bridges = [
             End("lan", "br0", "02:c0:10:02:00:00"),
             End("primary", "br0", "02:c0:10:02:01:00"),
             End("secondary", "br0", "02:c0:10:02:02:00"),
         ]
+        return [*bridges, End(ARBITER, "br0", "02:c0:10:04:00:00")] if self.service else bridges
 
     def bridge_ports(self) -> list[tuple[str, str]]:
         """(node, device) of every port of a bridge."""
         ports = [("lan", node) for node in ("client", *HOSTS)]
         for host in HOSTS:
             ports += [(host, "eth0"), *((host, nic.vif) for nic in self.nic_list() if not self.virtual)]
-        return ports + [(tap.node, tap.device) for tap in self.taps()]
+        ports += [(tap.node, tap.device) for tap in self.taps()]
+        return [*ports, *((ARBITER, host) for host in HOSTS)] if self.service else ports
 
     def links(self) -> list[Link]:
         """Every veth pair: to the switch, from hosts to guests, and the forward links."""
@@ -196,8 +199,10 @@ class LabPlan:
     def _management(self) -> list[Link]:
         if not self.service:
             return []
-        ends = [End(host, MGMT, f"02:c0:10:04:0{number}:00") for number, host in enumerate(HOSTS, 1)]
-        return [Link(ends[0], ends[1], MTUS[0])]
+        return [
+            Link(End(host, MGMT, f"02:c0:10:04:0{number}:00"), End(ARBITER, host, f"02:c0:10:04:0{number}:01"), MTUS[0])
+            for number, host in enumerate(HOSTS, 1)
+        ]
 
     def _forward_links(self) -> list[Link]:
         links = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -99,6 +100,11 @@ class Connection:
     def close(self) -> None:
         self._input.close()
         self._socket.close()
+
+    def interrupt(self) -> None:
+        """Whoever waits for an answer, in another thread, gets none."""
+        with suppress(OSError):  # it has ended already
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def abort(self) -> None:
         """Close with a RST."""

@@ -16,7 +16,7 @@ from typing import Any
 from coloebpf import tuning
 from coloebpf.detaching import detach
 from coloebpf.errors import LabError, NoServiceError, ServiceError
-from coloebpf.lab import hosts, machine
+from coloebpf.lab import etcd, hosts, machine
 from coloebpf.lab.plan import HOSTS, MANAGEMENT, PAIR, LabPlan
 from coloebpf.model import Sizes
 from coloebpf.netns import inside
@@ -39,6 +39,8 @@ def bring_up(plan: LabPlan, protected: bool = True) -> Running:
     # The number is the machine's, and a lab's namespace doesn't show it.
     tuning.raise_backlog(2 * Sizes.of_mtu(plan.mtu).slots, first="/proc/thread-self/ns/net")
     pki.init_pki(plan.run_dir / "pki", HOSTS)
+    if plan.arbiter == "etcd":
+        etcd.start(plan)
     running = {}
     booting = machine.start(plan) if plan.virtual else None
     for host in HOSTS:
@@ -77,15 +79,16 @@ def engine_socket(plan: LabPlan, host: str) -> Path:
     return directory(plan, host) / "engine.sock"
 
 
-def tell_engine(plan: LabPlan, **command: Any) -> None:
-    """A command for the primary's model engine (engines/model.py)."""
+def tell_engine(plan: LabPlan, **command: Any) -> dict[str, Any]:
+    """A command for the primary's model engine (engines/model.py); returns its answer."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(client.ANSWER_S)
         connection.connect(str(engine_socket(plan, "primary")))
         connection.sendall(json.dumps(command).encode() + b"\n")
-        answer = json.loads(connection.makefile().readline())
+        answer: dict[str, Any] = json.loads(connection.makefile().readline())
     if not answer["ok"]:
         raise LabError(f"the model engine refuses {command}: {answer['error']}")
+    return answer
 
 
 def directory(plan: LabPlan, host: str) -> Path:
@@ -117,6 +120,8 @@ def configure(
     ]
     if plan.arbiter == "command":
         lines += ["[arbiter.command]", f'fence = ["{switch_of(plan, peer)}"]']
+    elif plan.arbiter == "etcd":
+        lines += ["[arbiter.etcd]", f'endpoints = ["{etcd.URL}"]']
     lines += [
         *("[[pair]]", f'name = "{PAIR_NAME}"', f"number = {PAIR}"),
         *(f'role = "{"primary" if host == primary else "secondary"}"', f'arbiter = "{plan.arbiter}"', pair_changes),

@@ -14,7 +14,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_NOARP, IFF_PROMISC, IFF_UP
 
 from coloebpf.errors import LabError
-from coloebpf.lab.plan import GUESTS, HOSTS, MANAGEMENT, MGMT, NODES, End, LabPlan
+from coloebpf.lab.plan import ARBITER, GUESTS, HOSTS, MANAGEMENT, MGMT, NODES, End, LabPlan
 from coloebpf.netns import inside
 
 NETNS_DIR = Path("/run/netns")
@@ -80,12 +80,13 @@ def build(plan: LabPlan) -> None:
             for port in ports:
                 route.link("set", index=_index(route, port), master=_index(route, wire.device))
             route.link("set", index=_index(route, wire.device), state="up")
-    for node in ("lan", "primary", "secondary"):
+    for node in ("lan", "primary", "secondary", ARBITER):
         with netlink(plan.namespace(node)) as route:
             for device in plan.devices(node):
                 route.link("set", index=_index(route, device), state="up")
             if plan.service and node in MANAGEMENT:
-                route.addr("add", index=_index(route, MGMT), address=MANAGEMENT[node], prefixlen=30)
+                device = MGMT if node in HOSTS else "br0"
+                route.addr("add", index=_index(route, device), address=MANAGEMENT[node], prefixlen=29)
     _wake_client(plan)
 
 

@@ -15,19 +15,22 @@ from typing import Any
 
 from coloebpf.control import Control, State
 from coloebpf.errors import ColoError
-from coloebpf.lab import guests, redis, services
-from coloebpf.lab.plan import GUESTS, HOSTS, MGMT, PAIR, LabPlan
-from coloebpf.netns import inside
+from coloebpf.lab import etcd, guests, redis, services
+from coloebpf.lab.plan import ARBITER, GUESTS, HOSTS, MGMT, PAIR, LabPlan
+from coloebpf.lab.topology import FORWARD_QUEUE
 
 PATIENT_MS = 20_000  # a peer timeout that no test reaches: what happens is the test's doing alone
 SOON = 15.0  # seconds that anything may take on a busy machine
+PATIENCE_S = 60.0  # of a client that waits for what a test does meanwhile
+LONG = "".join(f"{number:06}" for number in range(1000))
+LONG_EVERY = 10  # answers
 
 
 class Counter(threading.Thread):
     """A client that lets redis count, one request after the other, and notes what is not the next number.
 
     The replica that answers must know of all that was answered before: a number that comes twice or is left out is a
-    byte that was not proven.
+    byte that was not proven. Now and then an answer is longer than a segment.
     """
 
     def __init__(self, connection: redis.Connection) -> None:
@@ -46,6 +49,9 @@ class Counter(threading.Thread):
                 if answer != str(self.count):
                     self.wrong = f"{answer} instead of {self.count}"
                     return
+                if self.count % LONG_EVERY == 0 and self._connection.ask("ECHO", LONG) != LONG.encode():
+                    self.wrong = "a long answer is another one"
+                    return
                 self._ended.wait(0.002)  # some hundred requests a second leave the machine to others
         except (OSError, ColoError) as e:
             self.broken = str(e)
@@ -63,6 +69,7 @@ class Counter(threading.Thread):
 
     def finish(self) -> None:
         self._ended.set()
+        self._connection.interrupt()
         self.join(SOON)
         self._connection.close()
 
@@ -73,6 +80,7 @@ class ServiceLab:
     def __init__(self, plan: LabPlan) -> None:
         self.plan = plan
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.etcd: subprocess.Popen[bytes] | None = None
         self.counter: Counter | None = None
 
     # ---- as new ----------------------------------------------------------------------------------------------------
@@ -86,7 +94,7 @@ class ServiceLab:
 
     def counted(self) -> Counter:
         """A client that counts from now on."""
-        self.counter = Counter(self.connect())
+        self.counter = Counter(self.connect(PATIENCE_S))
         self.counter.start()
         self.counter.goes_on()
         return self.counter
@@ -97,10 +105,13 @@ class ServiceLab:
         self.plan = replace(self.plan, arbiter=arbiter, peer_timeout_ms=peer_timeout_ms)
         for node in (*HOSTS, *GUESTS):
             self.links(node, "up", *self.plan.devices(node))
+        self.mend()
+        if arbiter == "etcd":
+            self.start_etcd()
         self.links("lan", "down", *HOSTS)  # the switch forgets where it saw the guest
         self.links("lan", "up", *HOSTS)
         for host in HOSTS:
-            with inside(self.plan.namespace(host)), Control.open(self.plan.pin_dir(host)) as control:
+            with Control.open(self.plan.pin_dir(host)) as control:
                 control.set_deadline(PAIR, 0)
                 control.set_open_after(PAIR, 0)
                 control.set_state(PAIR, State.UNPROTECTED)
@@ -118,8 +129,19 @@ class ServiceLab:
             self.counter = None
         for host in HOSTS:
             self.kill(host)
+        self.end_etcd()
 
     # ---- services --------------------------------------------------------------------------------------------------
+
+    def start_etcd(self) -> None:
+        """With what it knew before."""
+        self.etcd = etcd.start(self.plan)
+
+    def end_etcd(self) -> None:
+        if self.etcd is not None:
+            self.etcd.kill()
+            self.etcd.wait()
+            self.etcd = None
 
     def start(self, *hosts: str, environ: dict[str, str] | None = None) -> None:
         for host in hosts:
@@ -154,8 +176,8 @@ class ServiceLab:
         return any(words.lower() in warning.lower() for warning in self.status(host).get("warnings", ()))
 
     def state(self, host: str) -> str:
-        """As the programs have it."""
-        with inside(self.plan.namespace(host)), Control.open(self.plan.pin_dir(host)) as control:
+        """As the programs have it. Read from outside: whoever is inside may be ended with the host."""
+        with Control.open(self.plan.pin_dir(host)) as control:
             return control.state(PAIR).state.name.lower()
 
     def in_lockstep(self) -> None:
@@ -185,8 +207,40 @@ class ServiceLab:
         """`fwd0`, `mgmt0`: the primary's end goes down."""
         self.links("primary", "down", *devices)
 
-    def connect(self) -> redis.Connection:
-        return redis.Connection(self.plan, "client", self.plan.nic_list()[0].guest_v4)
+    def mute(self, host: str, device: str) -> None:
+        """`fwd0`, `mgmt0`: what the host sends there is lost from now on; what comes still comes."""
+        self._queue(host, device, "blackhole")
+
+    def mend(self) -> None:
+        """All that mute(), part() and cut() have done."""
+        for host in HOSTS:
+            self.links(host, "up", FWD, MANAGEMENT_LINK)
+            self._queue(host, FWD, "pfifo", "limit", str(FORWARD_QUEUE))
+            self._queue(host, MANAGEMENT_LINK, "pfifo", "limit", str(FORWARD_QUEUE))
+            self._isolate(host, "off")
+
+    def part(self) -> None:
+        """The hosts don't reach each other on the management network, but the arbiter's machine there."""
+        for host in HOSTS:
+            self._isolate(host, "on")
+
+    def _isolate(self, port: str, state: str) -> None:
+        command = ("bridge", "-n", self.plan.namespace(ARBITER), "link", "set", "dev", port, "isolated", state)
+        subprocess.run(command, check=True)
+
+    def _queue(self, host: str, device: str, *kind: str) -> None:
+        command = ("tc", "-n", self.plan.namespace(host), "qdisc", "replace", "dev", device, "root", *kind)
+        subprocess.run(command, check=True)
+
+    def connect(self, patience_s: float = redis.ANSWER_TIMEOUT) -> redis.Connection:
+        return redis.Connection(self.plan, "client", self.plan.nic_list()[0].guest_v4, answer_timeout=patience_s)
+
+    def replicas_agree(self) -> None:
+        """Returns when both have counted alike, as they would after a copy: here nothing can be copied."""
+        replicas = [redis.Connection(self.plan, guest, "127.0.0.1") for guest in GUESTS]
+        until(lambda: len({replica.ask("GET", "counter") for replica in replicas}) == 1, "the replicas know the same")
+        for replica in replicas:
+            replica.close()
 
     def set_apart(self, key: str, pvm: str, svm: str) -> None:
         """The replicas know different things. Of one length, for nothing is copied and the stream has to go on."""
