@@ -2,13 +2,14 @@
 VENV := .venv
 PY   := $(VENV)/bin/python
 
-.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers vm-test clean
+.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test clean
 
 help:
 	@echo "make lab      install what is needed and run the show: two virtual machines in lock-step on this machine"
 	@echo "make test     install what is needed, lint, and run all tests (unit, lab, Debian's kernel in QEMU)"
 	@echo "make bench    measure every hook and the lab, beside QEMU's colo-compare and a plain bridge"
 	@echo "make lint     ruff and mypy only        make vm-test  only the tests in QEMU"
+	@echo "make faults   hosts, services, links and arbiters that fail, at random moments   make soak  20 minutes of churn"
 	@echo "make clean    remove the venv and caches"
 
 deps:
@@ -70,6 +71,18 @@ failovers:
 	$(MAKE) deps-test
 	$(MAKE) venv
 	COLO_FAILOVERS=50 COLO_CHECKPOINTS=1000 $(PY) -m pytest tests/lab/test_virtual_failovers.py
+
+# Each fault at each moment, so many times (`make test` has each fault once); some three seconds each.
+faults:
+	$(MAKE) deps-test
+	$(MAKE) venv
+	COLO_FAULT_ROUNDS=$${COLO_FAULT_ROUNDS:-10} $(PY) -m pytest tests/lab/test_faults_matrix.py
+
+# 20 minutes of churn (`make test` has two): memory flat, nothing left over.
+soak:
+	$(MAKE) deps-test
+	$(MAKE) venv
+	COLO_SOAK_S=$${COLO_SOAK_S:-1200} $(PY) -m pytest tests/lab/test_soak.py
 
 vm-test:
 	$(MAKE) deps-test

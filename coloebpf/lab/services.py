@@ -97,11 +97,20 @@ def directory(plan: LabPlan, host: str) -> Path:
 
 
 def configure(
-    plan: LabPlan, host: str, changes: str = "", peer_changes: str = "", pair_changes: str = "", primary: str = HOSTS[0]
+    plan: LabPlan,
+    host: str,
+    changes: str = "",
+    peer_changes: str = "",
+    pair_changes: str = "",
+    primary: str = HOSTS[0],
+    copy_ms: int = 0,
 ) -> Path:
     """Write a host's configuration; returns its path. Keys added by the caller must be none of those here.
 
     `primary`: the host that has the guest.
+    `copy_ms`: what a checkpoint of guests that are processes takes. Nothing is copied, so the SVM has to say by itself
+    what a commit releases, and that is the time it has for it. What it says of later requests meanwhile is lost, where
+    a copied VM would say it again, and costs a retransmission.
     """
     home, peer = directory(plan, host), other(host)
     home.mkdir(exist_ok=True)
@@ -125,7 +134,7 @@ def configure(
     lines += [
         *("[[pair]]", f'name = "{PAIR_NAME}"', f"number = {PAIR}"),
         *(f'role = "{"primary" if host == primary else "secondary"}"', f'arbiter = "{plan.arbiter}"', pair_changes),
-        *(_qemu(plan, host) if plan.virtual else _model(plan, host)),
+        *(_qemu(plan, host) if plan.virtual else _model(plan, host, copy_ms)),
     ]
     for nic in plan.nic_list():
         lines += [
@@ -138,12 +147,11 @@ def configure(
     return path
 
 
-def _model(plan: LabPlan, host: str) -> list[str]:
+def _model(plan: LabPlan, host: str, copy_ms: int) -> list[str]:
     lines = ['engine = "model"', "[pair.model]", f'socket = "{engine_socket(plan, host)}"']
     if plan.guests == "process":
-        # A process can't be copied: it keeps its connections' numbers, and what it knows. What it says while a
-        # checkpoint is under way is lost, where a copied VM would say it again; so that takes no time.
-        lines += ["copies = false", "commit_delay_ms = 0"]
+        # A process can't be copied: it keeps its connections' numbers, and what it knows.
+        lines += ["copies = false", f"commit_delay_ms = {copy_ms}"]
     return lines
 
 

@@ -19,6 +19,7 @@ from tests.lab.service_lab import FWD, MANAGEMENT_LINK, ServiceLab, until
 BRIEF_S = 0.8  # the longest that something is away for a moment
 LEASES_S = 2.5  # what is frozen for so long finds all its leases ended
 
+ARBITERS = ("command", "etcd")  # those that promote
 BOTH, REPLICA, PRIMARY = "both in lock-step", "the replica", "the primary alone"  # who serves in the end
 
 Act = Callable[[ServiceLab, Random], None]
@@ -53,7 +54,6 @@ def one_after_the_other(lab: ServiceLab, dice: Random) -> Callable[[], None]:
             with suppress(ColoError, OSError):
                 lab.checkpoint()
 
-    services.tell_engine(lab.plan, do="delay", ms=dice.choice([0, 1, 5]))
     threading.Thread(target=order, daemon=True).start()
     time.sleep(dice.uniform(0, 0.3))
     return ended.set
@@ -217,20 +217,20 @@ def off(host: str) -> Act:
 
 
 FAULTS: dict[str, Fault] = {
-    **{f"the {host}'s service is killed and comes back": killed_for_a_moment(host) for host in HOSTS},
-    **{f"the {host}'s service is frozen for a moment": frozen_for_a_moment(host) for host in HOSTS},
+    **{f"the service of the {host} is killed and comes back": killed_for_a_moment(host) for host in HOSTS},
+    **{f"the service of the {host} is frozen for a moment": frozen_for_a_moment(host) for host in HOSTS},
     **{f"fwd is cut from the {host} for a moment": cut_for_a_moment((host, FWD)) for host in HOSTS},
     "fwd is cut for a moment": cut_for_a_moment(*((host, FWD) for host in HOSTS)),
     **{f"management is cut from the {host} for a moment": cut_for_a_moment((host, MANAGEMENT_LINK)) for host in HOSTS},
     "management is cut for a moment": cut_for_a_moment(*((host, MANAGEMENT_LINK) for host in HOSTS)),
     "all is cut for a moment": cut_for_a_moment(*((host, path) for host in HOSTS for path in (FWD, MANAGEMENT_LINK))),
     "the arbiter is gone for a moment": arbiter_away(),
-    **{f"the {host}'s service is killed and stays away": killed(host) for host in HOSTS},
-    **{f"the {host} is switched off, arbiter {a}": switched_off(host, a) for host in HOSTS for a in ("command", "etcd")},
-    **{f"the {host}'s service is frozen, arbiter {a}": frozen(host, a) for host in HOSTS for a in ("command", "etcd")},
-    **{f"the hosts are parted, arbiter {a}": separated((PRIMARY, REPLICA), parted, a) for a in ("command", "etcd")},
-    **{f"the primary is heard no more, arbiter {a}": separated((REPLICA,), muted("primary"), a) for a in ("command", "etcd")},
-    **{f"the secondary is heard no more, arbiter {a}": separated((PRIMARY,), muted("secondary"), a) for a in ("command", "etcd")},
+    **{f"the service of the {host} is killed and stays away": killed(host) for host in HOSTS},
+    **{f"the {host} is switched off with {a}": switched_off(host, a) for host in HOSTS for a in ARBITERS},
+    **{f"the service of the {host} is frozen with {a}": frozen(host, a) for host in HOSTS for a in ARBITERS},
+    **{f"the hosts are parted with {a}": separated((PRIMARY, REPLICA), parted, a) for a in ARBITERS},
+    **{f"the primary is heard no more with {a}": separated((REPLICA,), muted("primary"), a) for a in ARBITERS},
+    **{f"the secondary is heard no more with {a}": separated((PRIMARY,), muted("secondary"), a) for a in ARBITERS},
     "the arbiter is gone and the primary switched off": without_arbiter((REPLICA,), off("primary")),
     "the arbiter is gone and the secondary switched off": without_arbiter((PRIMARY,), off("secondary")),
     "the arbiter is gone and the hosts are parted": without_arbiter((PRIMARY, REPLICA), parted, deaf=True),

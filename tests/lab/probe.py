@@ -11,17 +11,16 @@ from coloebpf.lab.plan import HOSTS, PAIR
 from tests.lab.service_lab import PATIENCE_S, SOON, ServiceLab
 
 KEY, PVM, SVM = "who", "the primary's word", "the replica's word"  # of one length, for nothing is copied
-PAUSE_S = 0.1
 OPEN = (State.UNPROTECTED, State.SYNCING, State.PASSTHROUGH)  # a primary in these owes nobody a proof
 
 
 class Probe(threading.Thread):
     """Each of its answers needs a checkpoint behind the question. `answers`: how many came; `wrong`: what was wrong."""
 
-    def __init__(self, lab: ServiceLab) -> None:
+    def __init__(self, lab: ServiceLab, pause_s: float = 0.5) -> None:
         super().__init__(daemon=True)
         self.answers, self.wrong = 0, ""
-        self._ended = threading.Event()
+        self._ended, self._pause_s = threading.Event(), pause_s
         lab.set_apart(KEY, PVM, SVM)
         self._connection = lab.connect(PATIENCE_S)
         self._control = {host: Control.open(lab.plan.pin_dir(host)) for host in HOSTS}
@@ -29,7 +28,7 @@ class Probe(threading.Thread):
 
     def run(self) -> None:
         with suppress(OSError, ColoError):  # whether connections live, the counter tells
-            while not self._ended.wait(PAUSE_S):
+            while not self._ended.wait(self._pause_s):
                 before = self._word("primary")
                 answer = self._connection.ask("GET", KEY).decode()
                 self.answers += 1

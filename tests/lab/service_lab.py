@@ -56,10 +56,12 @@ class Counter(threading.Thread):
         except (OSError, ColoError) as e:
             self.broken = str(e)
 
-    def goes_on(self, answers: int = 20) -> None:
+    def goes_on(self, answers: int = 20, within_s: float = SOON) -> None:
         """Returns after so many more answers."""
         begin = self.count
-        until(lambda: self.count >= begin + answers or self.wrong or self.broken, "the client gets its answers")
+        until(
+            lambda: self.count >= begin + answers or self.wrong or self.broken, "the client gets its answers", within_s
+        )
         self.check()
 
     def check(self) -> None:
@@ -85,7 +87,7 @@ class ServiceLab:
 
     # ---- as new ----------------------------------------------------------------------------------------------------
 
-    def fresh(self, arbiter: str = "command", peer_timeout_ms: int = PATIENT_MS, **changes: str) -> Counter:
+    def fresh(self, arbiter: str = "command", peer_timeout_ms: int = PATIENT_MS, **changes: Any) -> Counter:
         """Everything up and in lock-step, and a client that counts. `changes`: of services.configure()."""
         self.reset(arbiter, peer_timeout_ms, **changes)
         self.start(*HOSTS)
@@ -99,7 +101,7 @@ class ServiceLab:
         self.counter.goes_on()
         return self.counter
 
-    def reset(self, arbiter: str = "command", peer_timeout_ms: int = PATIENT_MS, **changes: str) -> None:
+    def reset(self, arbiter: str = "command", peer_timeout_ms: int = PATIENT_MS, **changes: Any) -> None:
         """Everything up, but no service runs and no pair is protected."""
         self.leave()
         self.plan = replace(self.plan, arbiter=arbiter, peer_timeout_ms=peer_timeout_ms)

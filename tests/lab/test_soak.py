@@ -1,0 +1,156 @@
+"""A long run with churn: what it needs in the end is what it needed after its first quarter, and nothing is left over.
+
+`make test` runs two minutes of it, `make soak` 20 (COLO_SOAK_S: seconds).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from coloebpf.control import Control
+from coloebpf.errors import ColoError
+from coloebpf.lab.plan import HOSTS
+from tests.lab.churn import Churner
+from tests.lab.probe import Probe
+from tests.lab.service_lab import Counter, ServiceLab, until
+from tests.lab.speakers import Speakers
+
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
+DURATION_S = float(os.environ.get("COLO_SOAK_S", "120"))
+SEED = int(os.environ.get("COLO_SOAK_SEED", "0")) or random.randrange(1, 1 << 32)
+CHURNERS = 4
+CHECKPOINT_S = 0.3
+PROBE_S = 1.0
+COPY_MS = 50
+SAMPLE_S = 0.5
+# Of the medians of the second and the last quarter; the first is warming up. An interpreter's memory moves in pieces:
+# a new arena of its allocator is 1 MiB, one of malloc's for a thread that happened to be new some 100 KiB.
+TOLERANCE_KIB = 1536
+IDLE_S = 75.0  # until flows of connections that ended (10 s), datagrams (30 s) and half-open ones (60 s) are forgotten
+
+
+@dataclass
+class Samples:
+    """Of one host. `rss_kib`: the service's memory; `maps_kib`: that of all maps it has open; `flows`, `slots`: in use."""
+
+    rss_kib: list[int] = field(default_factory=list)
+    maps_kib: list[int] = field(default_factory=list)
+    flows: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+
+    def take(self, lab: ServiceLab, host: str) -> None:
+        flows, slots = in_use(lab, host)
+        pid = lab.running[host].pid
+        self.rss_kib.append(rss_kib(pid))
+        self.maps_kib.append(maps_kib(pid))
+        self.flows.append(flows)
+        self.slots.append(slots)
+
+    def growth_kib(self) -> float:
+        """Of the service's memory, from the second quarter to the last."""
+        quarter = len(self.rss_kib) // 4
+        return statistics.median(self.rss_kib[-quarter:]) - statistics.median(self.rss_kib[quarter : 2 * quarter])
+
+
+def rss_kib(pid: int) -> int:
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1])
+
+
+def maps_kib(pid: int) -> int:
+    """What the kernel charges for the BPF maps that a process has open, each counted once."""
+    maps: dict[str, int] = {}
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            fields = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
+            if "map_id" in fields:
+                maps[fields["map_id"]] = int(fields["memlock"])
+    return sum(maps.values()) // 1024
+
+
+def in_use(lab: ServiceLab, host: str) -> tuple[int, int]:
+    """Flows (on the secondary each has a translation) and slots."""
+    with Control.open(lab.plan.pin_dir(host)) as control:
+        shot = control.snapshot()
+    flows, slots = (shot[what]["total"] - shot[what]["free"] for what in ("flows", "slots"))
+    return flows, slots
+
+
+def failed(*clients: Counter | Churner) -> list[str]:
+    """What went wrong so far."""
+    return [client.wrong or client.broken for client in clients if client.wrong or client.broken]
+
+
+@contextmanager
+def checkpoints(lab: ServiceLab) -> Iterator[None]:
+    """One after the other, but for a pause."""
+    ended = threading.Event()
+
+    def order() -> None:
+        while not ended.wait(CHECKPOINT_S):
+            with suppress(ColoError, OSError):
+                lab.checkpoint()
+
+    ordering = threading.Thread(target=order, daemon=True)
+    ordering.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        ordering.join()
+
+
+@pytest.mark.timeout(DURATION_S + 300)
+def test_given_churn_and_checkpoints_for_long_then_memory_is_flat_and_nothing_is_left_over(
+    lab: ServiceLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = lab.fresh(copy_ms=COPY_MS)
+    samples = {host: Samples() for host in HOSTS}
+    watch, probe = Speakers(lab.plan), Probe(lab, PROBE_S)
+    churners = [Churner(lab, number, random.Random(f"{SEED} {number}")) for number in range(CHURNERS)]
+    try:
+        with checkpoints(lab):
+            end = time.monotonic() + DURATION_S
+            while time.monotonic() < end and not failed(client, *churners):
+                for host, sample in samples.items():
+                    sample.take(lab, host)
+                time.sleep(SAMPLE_S)
+    finally:
+        for churner in churners:
+            churner.finish()
+        probe.finish()
+        watch.stop()
+    with capsys.disabled():
+        print(f"\n  soak of {DURATION_S:.0f} s, COLO_SOAK_SEED={SEED}")
+        print(
+            f"  {sum(c.connections for c in churners)} connections, {sum(c.answers for c in churners)} answers, "
+            f"{client.count} counts, {probe.answers} answers that differed, epoch {lab.pair('primary')['epoch']}"
+        )
+        for host, sample in samples.items():
+            print(
+                f"  {host}: RSS {sample.rss_kib[0]} to {sample.rss_kib[-1]} KiB, growth {sample.growth_kib():.0f} KiB; "
+                f"maps {sample.maps_kib[0]} to {sample.maps_kib[-1]} KiB; at most {max(sample.flows)} flows, {max(sample.slots)} slots"
+            )
+    assert not failed(client, *churners), f"COLO_SOAK_SEED={SEED}"
+    client.goes_on()
+    probe.check()
+    watch.check()
+    assert probe.answers
+    for host, sample in samples.items():
+        assert sample.growth_kib() <= TOLERANCE_KIB, f"the {host}'s service grows"
+        assert len(set(sample.maps_kib)) == 1, f"the {host}'s maps grow"
+    client.finish()
+    lab.counter = None
+    for host in HOSTS:
+        until(lambda h=host: in_use(lab, h)[1] == 0, f"the {host} has all slots back")  # type: ignore[misc]
+        until(lambda h=host: in_use(lab, h)[0] == 0, f"the {host} has all flows back", IDLE_S)  # type: ignore[misc]
