@@ -42,6 +42,10 @@ def standing_still(lab: ServiceLab, dice: Random) -> Callable[[], None]:
     """The PVM was suspended, and the secondary has not the whole state."""
     release = _held_at(lab, "suspended", dice)
     until(lambda: lab.state("primary") == "checkpointing", "the PVM is suspended")
+    assert lab.counter
+    told = lab.counter.count
+    time.sleep(dice.uniform(0, 0.2))
+    assert lab.counter.count <= told + 1  # one may have been on its way
     return release
 
 
