@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from coloebpf import pins
 from coloebpf.control import Control
 from coloebpf.errors import ColoError
 from coloebpf.lab.plan import HOSTS
@@ -41,7 +42,7 @@ IDLE_S = 75.0  # until flows of connections that ended (10 s), datagrams (30 s) 
 
 @dataclass
 class Samples:
-    """Of one host. `rss_kib`: the service's memory; `maps_kib`: that of all maps it has open; `flows`, `slots`: in use."""
+    """Of one host. `rss_kib`: the service's memory; `maps_kib`: that of all its maps; `flows`, `slots`: in use."""
 
     rss_kib: list[int] = field(default_factory=list)
     maps_kib: list[int] = field(default_factory=list)
@@ -49,10 +50,10 @@ class Samples:
     slots: list[int] = field(default_factory=list)
 
     def take(self, lab: ServiceLab, host: str) -> None:
-        flows, slots = in_use(lab, host)
-        pid = lab.running[host].pid
-        self.rss_kib.append(rss_kib(pid))
-        self.maps_kib.append(maps_kib(pid))
+        with Control.open(lab.plan.pin_dir(host)) as control:
+            flows, slots = in_use(control)
+            self.maps_kib.append(maps_kib(control))
+        self.rss_kib.append(_field(Path(f"/proc/{lab.running[host].pid}/status"), "VmRSS"))
         self.flows.append(flows)
         self.slots.append(slots)
 
@@ -62,26 +63,20 @@ class Samples:
         return statistics.median(self.rss_kib[-quarter:]) - statistics.median(self.rss_kib[quarter : 2 * quarter])
 
 
-def rss_kib(pid: int) -> int:
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+def maps_kib(control: Control) -> int:
+    """What the kernel charges for all maps of a host."""
+    return sum(_field(Path(f"/proc/self/fdinfo/{control.fd(name)}"), "memlock") for name in pins.MAPS) // 1024
+
+
+def _field(path: Path, name: str) -> int:
+    """A number of a file of lines such as `name: number kB`."""
+    line = next(line for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1])
 
 
-def maps_kib(pid: int) -> int:
-    """What the kernel charges for the BPF maps that a process has open, each counted once."""
-    maps: dict[str, int] = {}
-    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
-        with suppress(OSError):  # closed meanwhile
-            fields = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
-            if "map_id" in fields:
-                maps[fields["map_id"]] = int(fields["memlock"])
-    return sum(maps.values()) // 1024
-
-
-def in_use(lab: ServiceLab, host: str) -> tuple[int, int]:
+def in_use(control: Control) -> tuple[int, int]:
     """Flows (on the secondary each has a translation) and slots."""
-    with Control.open(lab.plan.pin_dir(host)) as control:
-        shot = control.snapshot()
+    shot = control.snapshot()
     flows, slots = (shot[what]["total"] - shot[what]["free"] for what in ("flows", "slots"))
     return flows, slots
 
@@ -152,5 +147,6 @@ def test_given_churn_and_checkpoints_for_long_then_memory_is_flat_and_nothing_is
     client.finish()
     lab.counter = None
     for host in HOSTS:
-        until(lambda h=host: in_use(lab, h)[1] == 0, f"the {host} has all slots back")  # type: ignore[misc]
-        until(lambda h=host: in_use(lab, h)[0] == 0, f"the {host} has all flows back", IDLE_S)  # type: ignore[misc]
+        with Control.open(lab.plan.pin_dir(host)) as control:
+            until(lambda c=control: in_use(c)[1] == 0, f"the {host} has all slots back")  # type: ignore[misc]
+            until(lambda c=control: in_use(c)[0] == 0, f"the {host} has all flows back", IDLE_S)  # type: ignore[misc]
