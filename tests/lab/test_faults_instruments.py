@@ -7,14 +7,15 @@ import socket
 import pytest
 
 from coloebpf.control import Control, State
-from coloebpf.lab.plan import PAIR
+from coloebpf.lab import services
+from coloebpf.lab.plan import HOSTS, PAIR
 from coloebpf.netns import inside
 from tests.lab.probe import Probe
 from tests.lab.service_lab import ServiceLab, until
 from tests.lab.speakers import Speakers
 
 pytestmark = pytest.mark.lab
-UNCOMPARED = '[[pair.exempt]]\nnic = 0\nprotocol = "tcp"\nguest_port = 6379'
+UNCOMPARED = '[[pair.exempt]]\nnic = 0\nprotocol = "tcp"\nguest_port = 6379\n'
 
 
 def say(lab: ServiceLab, guest: str) -> None:
@@ -43,7 +44,12 @@ def test_given_two_hosts_that_both_let_their_guest_speak_then_the_watch_says_so(
 def test_given_an_exemption_when_the_replicas_differ_then_the_probe_says_that_it_was_answered_without_proof(
     lab: ServiceLab,
 ) -> None:
-    lab.fresh(pair_changes=UNCOMPARED)
+    lab.reset()
+    for host in HOSTS:
+        with (services.directory(lab.plan, host) / "coloebpf.toml").open("a") as file:
+            file.write(UNCOMPARED)
+    lab.start(*HOSTS)
+    services.protect(lab.plan, lab.running)
     probe = Probe(lab, 0.01)
     try:
         until(lambda: probe.wrong, "an answer without a proof")
