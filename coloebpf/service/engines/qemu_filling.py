@@ -19,6 +19,7 @@ UNLIMITED = 1 << 40  # bytes per second: the relay says how fast
 NEVER_MS, AT_ONCE_MS = 0, 2_000_000  # downtime-limit: only when nothing is left; whatever is left
 FD = "coloebpf"  # QEMU's name for its end of the relay
 HELD_BYTES = 512 << 10  # shut when so little is left
+LEAST_BYTES = 16 << 10  # let pass between two looks
 NEAR_BYTES = 8 * MIB  # look often from there on
 READY_BYTES = 4 * MIB  # of the first pass: a copy that is asked for need not wait for less
 NEAR_PACE, END_PACE = 64 * MIB, 16 * MIB  # bytes per second: a look takes 1 ms and comes each LOOK_S
@@ -70,7 +71,7 @@ class Filling:
         if self.held:
             self._until = self._now.passes + 1  # a refresh
             self.held = False
-            self._relay.open(END_PACE)
+            self._relay.open(END_PACE, self._half)
             return LOOK_S
         self._now = now = await progress(self._qmp)
         if now.status not in RUNNING:
@@ -84,16 +85,21 @@ class Filling:
         if now.left > NEAR_BYTES and now.passes < 2:
             self._relay.open(0 if wanted else self._pace)
             return FAR_LOOK_S
-        self._relay.open(0 if wanted else min(self._pace, NEAR_PACE if now.left > 4 * HELD_BYTES else END_PACE))
+        # However late the next look comes, something is left then.
+        pace = min(self._pace, NEAR_PACE if now.left > 4 * HELD_BYTES else END_PACE)
+        self._relay.open(0 if wanted else pace, self._half)
         return LOOK_S
+
+    @property
+    def _half(self) -> int:
+        return max(self._now.left // 2, LEAST_BYTES)
 
     @property
     def ready(self) -> bool:
         """What is left can be moved while the PVM stands still."""
         return self.held or self._now.passes >= 2 or (self._now.passes == 1 and self._now.left <= READY_BYTES)
 
-    async def finish(self) -> None:
-        """Whatever is left, now: the PVM is about to stand still. Raises EngineError."""
-        self._relay.widen()
+    async def prepare(self) -> None:
+        """Whatever is left moves once the gate is open, and the PVM stands still for it. Raises EngineError."""
+        self._relay.shut()  # not before
         await self._qmp.do("migrate-set-parameters", downtime_limit=AT_ONCE_MS)
-        self._relay.open(0)

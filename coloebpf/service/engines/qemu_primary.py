@@ -73,6 +73,7 @@ class Copy:
         self.standby = standby
         self.relay: Relay | None = None
         self.filling: Filling | None = None
+        self.refused = ""  # why no copy of this guest makes sense
         self.cutting = False  # the secondary was told to close the disks
         self.stop, self.moved, self.switched, self.cut, self.whole = (loop.create_future() for _ in range(5))
         self.futures: tuple[asyncio.Future[None], ...] = (self.stop, self.moved, self.switched, self.cut, self.whole)
@@ -129,7 +130,8 @@ class QemuPrimary:
             raise EngineError(f"the QEMU of {self._vms.name} does not answer")
         if self._requested:
             raise EngineError("a checkpoint is under way")
-        if (refusal := await self._refusal(self.pvm)) is not None:
+        # Later ones are not held up by it: each copy looks before it begins.
+        if not self._asked and (refusal := await self._refusal(self.pvm)) is not None:
             loop = asyncio.get_running_loop()
             loop.call_soon(self._emit, Failed(refusal, fatal=True))
             loop.call_soon(self._emit, Ready())  # for the next protection, when that is mended
@@ -339,9 +341,10 @@ class QemuPrimary:
             requested, copy.filling = self._requested, None  # one that is asked for from here on gets the next copy
             await self._undo(copy, pvm, str(e))
             say(logger, logging.WARNING, "a copy came to nothing", pair=self._vms.name, reason=e)
-            if requested or self._mirrors.broken:
+            fatal = self._mirrors.broken or copy.refused
+            if requested or fatal:
                 self._requested = False
-                self._emit(Failed(self._mirrors.broken or str(e), fatal=bool(self._mirrors.broken)))
+                self._emit(Failed(fatal or str(e), fatal=bool(fatal)))
         except asyncio.CancelledError:
             await self._undo(copy, pvm, "given up")
             raise
@@ -350,15 +353,19 @@ class QemuPrimary:
                 copy.relay.close()
 
     async def _checkpoint(self, copy: Copy, pvm: Qmp) -> None:
+        if (refusal := await self._refusal(pvm)) is not None:
+            copy.refused = refusal
+            raise EngineError(refusal)
         copy.relay = relay = await self._reach(copy)
         copy.filling = filling = Filling(pvm, relay, self._pace)
         await filling.begin()
         by_itself = await self._fill(copy, filling)
         # From the answer on client frames go to the standby, where they wait; the old SVM proves nothing more.
         self._say_to("switch", copy.number, "")
-        await self._within(copy.switched, SWITCH_S, "the secondary has not switched to the standby")
         if not by_itself:
-            await filling.finish()
+            await filling.prepare()
+        await self._within(copy.switched, SWITCH_S, "the secondary has not switched to the standby")
+        relay.widen()
         relay.open(0)
         await self._within(copy.stop, STOP_S, "the PVM did not come to a standstill")
         self._emit(Suspended(requested=self._requested))

@@ -8,6 +8,7 @@ does, the PVM runs. What is between QEMU and the gate is kept small, for it coun
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -36,6 +37,7 @@ class Relay:
             far.setsockopt(socket.SOL_SOCKET, 32, FAR_BYTES)  # SO_SNDBUFFORCE
         self.passed = 0  # bytes
         self._pace, self._on_end = pace, on_end
+        self._most = math.inf
         self._gate = threading.Event()
         self._gate.set()
         self._end = False
@@ -45,9 +47,9 @@ class Relay:
         """From here on what QEMU writes passes."""
         self._thread.start()
 
-    def open(self, pace: int) -> None:
-        """Lets the stream pass, at `pace` bytes per second; 0: as fast as it comes."""
-        self._pace = pace
+    def open(self, pace: int, most: float = math.inf) -> None:
+        """Lets the stream pass, at `pace` bytes per second (0: as fast as it comes), and `most` bytes of it."""
+        self._pace, self._most = pace, most
         self._gate.set()
 
     def shut(self) -> None:
@@ -94,6 +96,9 @@ class Relay:
                 return
             self._far.sendall(data)
             self.passed += len(data)
+            self._most -= len(data)
+            if self._most <= 0:
+                self._gate.clear()
             pace = self._pace
             owed = max(0.0, owed + len(data) / pace - (time.monotonic() - began)) if pace else 0.0
             if owed > PACE_S:
