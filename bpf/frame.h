@@ -84,6 +84,13 @@ static __always_inline u32 vif_in(const struct nic *nic, u32 epoch)
 /* Between that write and the next one, which says that the new SVM is there: there may still be a way back. */
 static __always_inline bool on_trial(const struct place *at) { return at->nic->next_vif && at->epoch == at->nic->next_epoch; }
 
+/* From when on an unproven packet of the pair is late. */
+static __always_inline s64 compare_timeout(const struct place *at)
+{
+	struct pair *pair = pairs.lookup(&at->nic->pair);
+	return pair && pair->compare_timeout_ns ? pair->compare_timeout_ns : at->set->compare_timeout_ns;
+}
+
 static __always_inline bool place_of_id(struct place *at, u32 id)
 {
 	return place_of(at, nic_by_id.lookup(&id));

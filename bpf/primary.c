@@ -219,7 +219,7 @@ static __always_inline void watch_flow(const struct place *at, struct flow *f, s
 		at->count->high_waters++;
 		tell(at, EVENT_HIGH_WATER, DROP_FIFO_FULL, index, &f->key, f->p_count, 0, 0);
 	}
-	if (head != NONE && !(f->flags & FLOW_LATE) && (s64)(now - record(t, head)->since_ns) > (s64)at->set->compare_timeout_ns) {
+	if (head != NONE && !(f->flags & FLOW_LATE) && (s64)(now - record(t, head)->since_ns) > compare_timeout(at)) {
 		bpf_spin_lock(&f->lock);
 		f->flags |= FLOW_LATE;
 		bpf_spin_unlock(&f->lock);

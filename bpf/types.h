@@ -13,6 +13,7 @@ struct pair {
 	u64 zero;          /* always 0, which the verifier doesn't know */
 	u32 kept_epoch;    /* on a secondary: TCP numbers learnt in this epoch or later may be true still, the checkpoints since have not committed */
 	u32 spare;
+	u64 compare_timeout_ns; /* a packet unproven for longer asks for a checkpoint; 0: the host's, settings.compare_timeout_ns */
 };
 
 /* A guest's NIC on this host, by the ifindex of its vif. */
@@ -45,7 +46,7 @@ struct settings {
 	u32 mark;      /* its upper 12 bits, random and not 0: a released or delivered packet carries them, nothing else can */
 	u32 slots, flows, slot_bytes; /* sizes that the maps were made with */
 	u32 spare;
-	u64 compare_timeout_ns; /* a packet unproven for longer asks for a checkpoint */
+	u64 compare_timeout_ns; /* of pairs that have none of their own */
 };
 
 /* The keyed hash's secrets, random per boot of the dataplane. */

@@ -75,10 +75,11 @@ int sweep(struct __sk_buff *skb)
 			reclaim(index, now);
 			continue;
 		}
+		s64 patience = compare_timeout(&at);
 		bpf_spin_lock(&f->lock);
 		struct held *p = record(t, f->p_head), *s = record(t, f->s_head);
-		bool p_late = f->p_head != NONE && (s64)(now - p->since_ns) > (s64)at.set->compare_timeout_ns;
-		bool s_late = f->s_head != NONE && (s64)(now - s->since_ns) > (s64)at.set->compare_timeout_ns;
+		bool p_late = f->p_head != NONE && (s64)(now - p->since_ns) > patience;
+		bool s_late = f->s_head != NONE && (s64)(now - s->since_ns) > patience;
 		if (p_late && releasable(f, p) && !f->owner && f->epoch == at.epoch && may_pass(f, now)) {
 			kind = EVENT_KICK; /* its wake-up was lost with a packet that the stack dropped */
 		} else if ((p_late || s_late) && !(f->flags & (FLOW_LATE | FLOW_DIVERGED))) {

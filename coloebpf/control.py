@@ -26,8 +26,8 @@ COOKIE_BYTES = 16  # of a service, in its heartbeats
 FRAME = bytes(64)  # what flush and sweep are run on: a vessel to overwrite
 FLUSH_ROUNDS = 100_000  # flows a flush may touch before it says that something is wrong
 GAUGE_FLOW_TOP = 2  # bpf/maps.h
-PAIR_WORDS = 5  # of 8 bytes in struct pair (bpf/types.h)
-KEPT_EPOCH_WORD = 4
+PAIR_WORDS = 6  # of 8 bytes in struct pair (bpf/types.h)
+KEPT_EPOCH_WORD, COMPARE_TIMEOUT_WORD = 4, 5
 EXEMPT_FIELDS_BITS = 32  # of struct exempt_key before `remote`: a prefix of the trie covers them always
 MAPPED_4 = bytes(10) + b"\xff\xff"  # begins an IPv4 address written as IPv6
 
@@ -148,12 +148,9 @@ class Control:
         """
         self._words(pair)[2] = at_ns
 
-    def set_compare_timeout(self, ns: int) -> None:
-        """A packet unproven for longer is told by an event; for all pairs of the host."""
-        settings = self.shapes.leaf("settings")()
-        bpfsys.lookup(self.fd("settings"), ct.c_uint32(0), settings)
-        settings.compare_timeout_ns = ns
-        bpfsys.update(self.fd("settings"), ct.c_uint32(0), settings)
+    def set_compare_timeout(self, pair: int, ns: int) -> None:
+        """A packet of the pair unproven for longer is told by an event; 0: for longer than the host's default."""
+        self._words(pair)[COMPARE_TIMEOUT_WORD] = ns
 
     # ---- heartbeats ------------------------------------------------------------------------------------------------
 

@@ -107,7 +107,7 @@ class Service:
         for pair in self.config.pairs:
             await self.add(pair)
         self._kept.close()
-        self.hooks.set_timeout(self.config.pairs)
+        self.hooks.set_timeouts(self.config.pairs)
         self.watch()
         self._feed.start()
         if self.link is not None and self.heartbeat is not None:

@@ -209,7 +209,7 @@ class PairConfig:
     )
     compare_timeout_ms: int = setting(
         ms(10, 60_000),
-        "output unproven for longer asks for a checkpoint; of several pairs the shortest counts",
+        "output unproven for longer asks for a checkpoint",
         200,
         live=True,
     )

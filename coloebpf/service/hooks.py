@@ -118,17 +118,10 @@ class Hooks:
                     protocol=exempt.protocol, guest_port=exempt.guest_port or "every", remote=exempt.remote,
                 )  # fmt: skip
 
-    def set_timeout(self, pairs: Iterable[PairConfig]) -> None:
-        """The programs know one time after which a packet is late: the shortest of all pairs'."""
-        timeouts = {pair.compare_timeout_ms for pair in pairs}
-        if not timeouts:
-            return
-        self.control.set_compare_timeout(min(timeouts) * MS)
-        if len(timeouts) > 1:
-            say(
-                log, logging.WARNING, "pairs differ in compare_timeout_ms; the shortest is taken for all",
-                compare_timeout_ms=min(timeouts),
-            )  # fmt: skip
+    def set_timeouts(self, pairs: Iterable[PairConfig]) -> None:
+        """From when on the programs call a packet late, pair by pair."""
+        for pair in pairs:
+            self.control.set_compare_timeout(pair.number, pair.compare_timeout_ms * MS)
 
     def close(self) -> None:
         """Lets go of the maps; the dataplane goes on."""

@@ -42,7 +42,7 @@ async def apply(service: Service, new: Config) -> None:
     for pair in begun:
         await service.hooks.attach(pair)
         await service.add(pair)
-    service.hooks.set_timeout(new.pairs)
+    service.hooks.set_timeouts(new.pairs)
     service.watch()
     if service.link is not None and (begun or change.removed):
         service.link.begin_anew("the pairs have changed")  # the other side hears of them in a hello

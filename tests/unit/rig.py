@@ -140,6 +140,7 @@ class Rig:
         self.set_policy()
         for pair in (0, 1):
             self.control.set_deadline(pair, 0)
+            self.control.set_compare_timeout(pair, 0)
         self.control.set_state(0, State.LOCKSTEP)
         for _ in range(100):
             self.control.suspend(0)

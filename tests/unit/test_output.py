@@ -22,6 +22,7 @@ from tests.unit.rig import (
     DROP,
     GUEST_4,
     GUEST_MAC,
+    NEVER_NS,
     OTHER_MAC,
     PASS,
     XDP_DROP,
@@ -320,6 +321,24 @@ def test_the_sweep_tells_what_waits_and_ends_what_is_idle(rig: Rig) -> None:
     rig.age_flows()
     rig.control.sweep()
     assert [flow.p_count for flow in rig.flows()] == [1], "the idle flow should be gone, the held one not"
+
+
+def test_a_pairs_own_compare_timeout_counts_for_it(rig: Rig) -> None:
+    rig.output(udp(next_port(), b"of the PVM alone"))
+    rig.control.set_compare_timeout(1, 1)  # another pair's
+    rig.control.sweep()
+    assert rig.control.events() == []
+    rig.control.set_compare_timeout(0, 1)
+    rig.control.sweep()
+    assert [event["kind"] for event in rig.control.events()] == ["timeout"]
+    rig.control.set_compare_timeout(0, NEVER_NS)
+    rig.set_timeout(1)  # the host's is for pairs without one
+    rig.output(udp(next_port(), b"of the PVM alone"))
+    rig.control.sweep()
+    assert rig.control.events() == []
+    rig.control.set_compare_timeout(0, 0)
+    rig.control.sweep()
+    assert [event["kind"] for event in rig.control.events()] == ["timeout"]
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
