@@ -17,6 +17,8 @@ import pytest
 from coloebpf.lab import commands, redis, services
 from coloebpf.lab.plan import LabPlan
 from tests.lab.service_lab import ServiceLab
+from tests.lab.talk import KINDS, Talk
+from tests.lab.wire import Wire
 
 _numbers = itertools.count()
 CLI = (sys.executable, "-m", "coloebpf")
@@ -143,6 +145,20 @@ def make_module_lab() -> Iterator[LabMaker]:
 def bare_lab(make_module_lab: LabMaker) -> Lab:
     """Ports without a stack: what a test sends on pvm's eth0 is PVM output."""
     return make_module_lab(guests="none")
+
+
+@pytest.fixture(scope="module")
+def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
+    """The ports of a bare lab, for the tests of one module."""
+    wire = Wire(make_module_lab(guests="none").plan)
+    yield wire
+    wire.close()
+
+
+@pytest.fixture(params=KINDS)
+def talk(request: pytest.FixtureRequest, wire: Wire) -> Talk:
+    """A conversation of each kind of frames."""
+    return Talk(wire, **KINDS[request.param])
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,11 @@ from scapy.packet import Raw
 
 from coloebpf.lab.plan import PAIR
 from coloebpf.model import State
-from tests.lab.conftest import LabMaker
 from tests.lab.heard import same_frames
-from tests.lab.talk import KINDS, Talk
+from tests.lab.talk import Talk
 from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
-
-
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    yield wire
-    wire.close()
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +26,6 @@ def _clean(wire: Wire) -> Iterator[None]:
     status = wire.status()
     assert status["slots"]["free"] >= status["slots"]["total"] - 8  # a few are kept by each CPU
     assert (wire.nic()["held"], wire.nic()["parked"]) == (0, 0)
-
-
-@pytest.fixture(params=KINDS)
-def talk(request: pytest.FixtureRequest, wire: Wire) -> Talk:
-    return Talk(wire, **KINDS[request.param])
 
 
 def tcp(talk: Talk, seq: int, data: bytes) -> bytes:

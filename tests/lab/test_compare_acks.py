@@ -9,26 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.lab.conftest import LabMaker
 from tests.lab.heard import Heard, same_frames
-from tests.lab.talk import KINDS, M32, Talk
+from tests.lab.talk import M32, Talk
 from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
 
 SYN, FIN, ACK = 0x02, 0x01, 0x10
-
-
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    yield wire
-    wire.close()
-
-
-@pytest.fixture(params=KINDS)
-def talk(request: pytest.FixtureRequest, wire: Wire) -> Talk:
-    return Talk(wire, **KINDS[request.param])
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 
-from tests.lab.conftest import LabMaker
 from tests.lab.heard import Heard, but_acks
 from tests.lab.talk import Talk
 from tests.lab.wire import Wire
@@ -27,13 +25,6 @@ SLOW = settings(
 )
 
 Range = tuple[int, int]
-
-
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    yield wire
-    wire.close()
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.lab.conftest import LabMaker
 from tests.lab.datagram_rows import DATA, EQUAL, UNEQUAL, Row, big, echo, fragments, pairs
 from tests.lab.heard import ones_sum, same_frames
 from tests.lab.talk import KINDS, Talk
 from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
-
-
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    yield wire
-    wire.close()
 
 
 @pytest.fixture(autouse=True)

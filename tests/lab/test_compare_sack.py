@@ -4,13 +4,10 @@ So none leaves that the SVM hasn't reported (promise 2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 
-from tests.lab.conftest import LabMaker
 from tests.lab.talk import KINDS, Talk
 from tests.lab.wire import Wire
 
@@ -34,13 +31,6 @@ def blocks_of(frame: bytes) -> tuple[int, ...]:
         if kind == "SAck":
             return tuple(value)
     return ()
-
-
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    yield wire
-    wire.close()
 
 
 @pytest.fixture(params=KINDS)

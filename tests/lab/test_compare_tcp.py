@@ -8,20 +8,12 @@ import pytest
 from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 
-from tests.lab.conftest import LabMaker
 from tests.lab.heard import Heard, but_acks, same_frames
 from tests.lab.talk import KINDS, Talk
 from tests.lab.tcp_rows import DATA, EQUAL, UNEQUAL, Row, cut
 from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
-
-
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    yield wire
-    wire.close()
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from coloebpf.lab.hosts import ROLES
 from coloebpf.lab.plan import HOSTS, PAIR, LabPlan
 from coloebpf.model import State
 from coloebpf.netns import inside
-from tests.lab.conftest import LabMaker, new_name
+from tests.lab.conftest import new_name
 from tests.lab.heard import Heard, same_frames
 from tests.lab.talk import Talk
 from tests.lab.wire import Wire
@@ -52,13 +52,6 @@ def small() -> Iterator[Wire]:
         wire.close()
     finally:
         commands.down(plan)
-
-
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    yield wire
-    wire.close()
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 from scapy.layers.inet import ICMP
@@ -12,7 +11,6 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
 from coloebpf.model import DROPS
-from tests.lab.conftest import LabMaker
 from tests.lab.heard import Heard, but_acks
 from tests.lab.talk import Talk
 from tests.lab.wire import Wire
@@ -25,13 +23,6 @@ MIN_FRAME, MAX_FRAME = 14, 1514
 HEADERS = 90  # bytes that mutations are aimed at
 TELLING = (0, 1, 4, 5, 6, 17, 43, 44, 51, 58, 59, 60, 0x45, 0x46, 0x60, 0x81, 0x86, 0xFF)
 ND_TYPES = {130, 131, 132, 133, 134, 135, 136, 137, 143}
-
-
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    yield wire
-    wire.close()
 
 
 def template(wire: Wire, noise: random.Random) -> bytes:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.lab.conftest import LabMaker
 from tests.lab.heard import Heard, ones_sum
 from tests.lab.talk import M32, Talk
 from tests.lab.wire import Wire
@@ -22,24 +21,12 @@ STREAM = bytes((i * 31 + (i >> 8) * 7) & 0xFF for i in range(65536))
 STAMPS = [("NOP", None), ("NOP", None), ("Timestamp", (1234, 5678))]
 
 
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    yield wire
-    wire.close()
-
-
 @pytest.fixture(autouse=True)
 def _clean(wire: Wire) -> Iterator[None]:
     yield
     wire.clean()
     status = wire.status()
     assert status["slots"]["free"] >= status["slots"]["total"] - 8
-
-
-@pytest.fixture(params=KINDS)
-def talk(request: pytest.FixtureRequest, wire: Wire) -> Talk:
-    return Talk(wire, **KINDS[request.param])
 
 
 def open_sum(frame: bytes) -> bytes:

@@ -14,19 +14,11 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
 from coloebpf.model import Policy
-from tests.lab.conftest import LabMaker
 from tests.lab.heard import same_frames
 from tests.lab.talk import KINDS, Talk
 from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
-
-
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    yield wire
-    wire.close()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from coloebpf import bpfsys
 from tests.lab.conftest import LabMaker
 from tests.lab.connection import Connection
 from tests.lab.heard import Heard, same_frames
-from tests.lab.talk import KINDS, M32, Talk
+from tests.lab.talk import M32, Talk
 from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
@@ -36,11 +36,6 @@ def _clean(wire: Wire) -> Iterator[None]:
     yield
     wire.clean()
     wire.seen("primary", "fwd0")
-
-
-@pytest.fixture(params=KINDS)
-def talk(request: pytest.FixtureRequest, wire: Wire) -> Talk:
-    return Talk(wire, **KINDS[request.param])
 
 
 @pytest.mark.parametrize("opening", ["accept", "connect"])
