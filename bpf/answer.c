@@ -153,7 +153,7 @@ int answer(struct __sk_buff *skb)
 			}
 		}
 		h->hash = skb->hash;
-		bool loaded = load_vessel(skb, &at, slot, h, index, f->generation, false);
+		bool loaded = load_vessel(skb, &at, slot, h, index, f->generation, 0);
 		skb->mark = 0;
 		skb->tc_index = 0;
 		give_slot(slot_index);

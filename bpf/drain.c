@@ -51,6 +51,7 @@ int drain(struct __sk_buff *skb)
 	if (!waited || !notes)
 		return VERDICT_DROP;
 	u64 now = notes->now;
+	u32 beside = forget(notes, 0, !(mode & MODE_PARTIAL) || !f->key.vlan[0] ? 0 : f->key.vlan[1] ? BESIDE_KEPT : BESIDE);
 
 	if (mode & MODE_CLONE_FIRST) {
 		bpf_spin_lock(&f->lock);
@@ -229,7 +230,7 @@ int drain(struct __sk_buff *skb)
 		}
 		if (staged && bpf_clone_redirect(skb, vif, BPF_F_INGRESS))
 			drop(&at, DROP_EMIT);
-		staged = load_vessel(skb, &at, slot, h, index, f->generation, (mode & MODE_PARTIAL) && f->key.vlan[0]);
+		staged = load_vessel(skb, &at, slot, h, index, f->generation, beside);
 		if (mode & MODE_PARTIAL)
 			skb->tc_index |= TAG_OPEN_SUM;
 		own = 0; /* it is no longer the packet it came as */

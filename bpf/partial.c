@@ -55,7 +55,7 @@ int partial(struct __sk_buff *skb)
 		*(u16 *)(tcp + 16) = ~fold(slot_sum(slot, l4, l4_len) + pseudo_sum(&f->key, l4_len));
 		*behind = kept;
 		part.len = len;
-		staged = load_vessel(skb, &at, slot, &part, index, f->generation, false);
+		staged = load_vessel(skb, &at, slot, &part, index, f->generation, 0);
 		*(u64 *)(tcp + 8) = tcp_kept[0];
 		*(u64 *)(tcp + 16) = tcp_kept[1];
 		if (ip4) {

@@ -202,7 +202,7 @@ static __always_inline int release_twin(struct __sk_buff *skb, const struct plac
 		if (sent)
 			dress(skb, at, h, flow, f->generation);
 	} else {
-		sent = load_vessel(skb, at, slot, h, flow, f->generation, false);
+		sent = load_vessel(skb, at, slot, h, flow, f->generation, 0);
 	}
 	give_slot(index);
 	if (!sent)

@@ -164,19 +164,22 @@ static __always_inline void count_release(const struct place *at, struct histogr
 	at->count->released_bytes += h->len;
 }
 
-/* Overwrites `skb` with slot `slot`. `beside`: the outer tag goes where the vessel's was, beside the packet: the kernel will add a checksum at an
- * offset that does not count it. */
+#define BESIDE 1u      /* the outer tag goes where the vessel's was, beside the packet: the kernel will add a checksum at an offset that does not count it */
+#define BESIDE_KEPT 2u /* likewise, and there is one inside. The vessel keeps its own (of the same flow, so of the same VLAN): popping it would bring the
+			* inner one up, and move all that follows away from that offset */
+
+/* Overwrites `skb` with slot `slot`. `beside`: BESIDE*, or 0. */
 static __always_inline bool load_vessel(struct __sk_buff *skb, const struct place *at, struct slot *slot, const struct held *h, u32 index,
-					u32 generation, bool beside)
+					u32 generation, u32 beside)
 {
 	u32 len = h->len;
-	if (skb->vlan_present) {
+	if (skb->vlan_present && beside != BESIDE_KEPT) {
 		u16 end = bpf_htons(ETH_P_IP_);
 		bpf_skb_store_bytes(skb, 16, &end, 2, 0); /* so that no more than one tag behind this one comes up */
 		bpf_skb_vlan_pop(skb);
+		if (skb->vlan_present) /* popping moved an inner tag there */
+			bpf_skb_vlan_pop(skb);
 	}
-	if (skb->vlan_present) /* popping moved an inner tag there */
-		bpf_skb_vlan_pop(skb);
 	if (beside) {
 		if (len < 32 || bpf_skb_change_tail(skb, len - 4, 0) || bpf_skb_store_bytes(skb, 0, slot->byte, 12, 0))
 			return false;
@@ -185,7 +188,7 @@ static __always_inline bool load_vessel(struct __sk_buff *skb, const struct plac
 		len += 16;
 		if (bpf_skb_store_bytes(skb, 12, slot->byte + 16, len, 0))
 			return false;
-		if (bpf_skb_vlan_push(skb, *(u16 *)(slot->byte + 12), be16_at(slot->byte + 14)))
+		if (beside != BESIDE_KEPT && bpf_skb_vlan_push(skb, *(u16 *)(slot->byte + 12), be16_at(slot->byte + 14)))
 			return false;
 		goto loaded;
 	}
