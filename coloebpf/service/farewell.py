@@ -54,7 +54,9 @@ class Farewell:
     def ask(self) -> bool:
         """False if there is nobody to be asked."""
         self._asked_ns = self._clock()
-        return bool(self._grace_ms) and self._send(Restarting(self._grace_ms, *self._heartbeat.promises()))
+        return bool(self._grace_ms) and self._send(
+            Restarting(self._grace_ms, *self._heartbeat.leave(self._grace_ms * MS))
+        )
 
     def received(self, message: Restarting | Patience | Settled) -> None:
         """What the other side says of it."""
@@ -68,5 +70,5 @@ class Farewell:
                     self._ms = min(message.ms, self._grace_ms)
                     self._heartbeat.borne(message.granted, self._asked_ns + self._ms * MS)
                     self._answered.set()
-            case Settled():
+            case Settled() if not self._asked_ns:  # else it was sent before the other side knew of the longer grant
                 self._heartbeat.granter.settle(message.pair)

@@ -178,6 +178,17 @@ class Heartbeat:
             return 0, ()
         return self._heard, tuple(sorted(self.granter.pairs & self._watches.keys()))
 
+    def leave(self, length_ns: int) -> tuple[int, tuple[int, ...]]:
+        """promises(), for as long as this service will be silent. Call it before sending.
+
+        From here on nothing is taken back: a `settled` would make the other side forget what it is about to grant.
+        """
+        self._unsettled.clear()
+        echo, granted = self.promises()
+        for pair in granted:
+            self.granter.promise_grace(pair, self._clock(), length_ns)
+        return echo, granted
+
     def bear(self, length_ns: int, echo: int, granted: Iterable[int]) -> tuple[int, ...]:
         """The peer's service will be silent for so long. Returns the pairs that it may speak for meanwhile.
 

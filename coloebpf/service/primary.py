@@ -257,10 +257,16 @@ class Primary(Parting):
 
     def _let_go_on(self, reason: str) -> None:
         """Without protection, and without an end."""
+
+        def release() -> None:
+            # What is held and not proven leaves in passthrough only, and would else wait for the next one.
+            self.out.control.set_state(self.number, State.PASSTHROUGH)
+            self.out.control.kick()
+            self.out.control.set_state(self.number, State.UNPROTECTED)
+
         self.let_right_go()
         self.set_deadline(0)
-        self.go(Trigger.UNPROTECT, reason)
-        self.out.control.kick()
+        self.go(Trigger.UNPROTECT, reason, release)
 
     async def checkpoint(self) -> None:
         """See Supervisor."""

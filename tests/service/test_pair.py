@@ -756,7 +756,9 @@ def test_a_protection_ends(careful: bool) -> None:
         world.story.clear()
         await world.primary.unprotect()
         await world.states(UNPROTECTED, UNPROTECTED)
-        assert world.story.index("s syncing") < world.story.index("p unprotected"), "first it is no replica any more"
+        assert world.story.index("s syncing") < world.story.index("p passthrough"), "first it is no replica any more"
+        last = [step for step in world.story if step[0] == "p" and "deadline" not in step][-3:]
+        assert last == ["p passthrough", "p kick", "p unprotected"], "what is held leaves, proven or not"
         assert world.p.plane.deadline_ns == 0
         with pytest.raises(PairError, match="no protection"):
             await world.primary.unprotect()

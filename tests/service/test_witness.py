@@ -318,6 +318,22 @@ def test_a_primary_whose_service_does_not_come_back_is_followed_when_the_grace_i
     assert grace - 10 * MS <= world.now - left <= grace + grace // DRIFT + IN_FLIGHT_NS + INTERVAL
 
 
+@pytest.mark.parametrize("role", [Role.PRIMARY, Role.SECONDARY])
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_goodbye_at_any_moment_of_a_session_is_counted_by_who_grants(role: Role, comes_back: bool) -> None:
+    """Also before the first `settled`, or while it is under way. step() looks whether two may speak."""
+    for start in range(2 * INTERVAL // MS):
+        world = World()
+        world.step(start)
+        next(host for host in world.hosts() if host.role is role).farewell.ask()
+        world.step(5)
+        if comes_back:  # the grace is over for who waited, but not what it granted
+            world.restart(role, 2)
+            world.greet()
+        world.mgmt_delay = world.fwd_delay = None
+        world.step(GRACE_MS)
+
+
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_secondary_whose_service_restarts_leaves_the_primary_its_right(comes_back: bool) -> None:
     world = World()
