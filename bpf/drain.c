@@ -55,9 +55,7 @@ int drain(struct __sk_buff *skb)
 
 	if (mode & MODE_CLONE_FIRST) {
 		bpf_spin_lock(&f->lock);
-		f->in_flight++;
-		f->emit_cpu = cpu;
-		f->emit_ns = now;
+		note_emit(f, cpu, now);
 		bpf_spin_unlock(&f->lock);
 		if (bpf_clone_redirect(skb, vif, BPF_F_INGRESS))
 			drop(&at, DROP_EMIT);
@@ -151,9 +149,7 @@ int drain(struct __sk_buff *skb)
 			verdict = 2;
 		}
 		if (verdict == 1 || verdict == 2) {
-			f->in_flight++;
-			f->emit_cpu = cpu;
-			f->emit_ns = now;
+			note_emit(f, cpu, now);
 			/* The last one: the flow needs no owner any more. Until this packet is back, only this CPU may send the next (may_emit()). */
 			if (!f->work && f->p_head == NONE && !(matching | first) && !owes_ack(f)) {
 				f->owner = 0;

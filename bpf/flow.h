@@ -356,6 +356,17 @@ static __always_inline bool find_flow(struct flow_key *key, struct flow_ref *ref
 /* A release puts packets into the backlog of one CPU (by their hash); two releasing CPUs keep their order only one after the other. Under the lock. */
 static __always_inline bool may_emit(const struct flow *f, u32 cpu, u64 now) { return may_pass(f, now) || f->emit_cpu == cpu; }
 
+/* A packet of the flow leaves. What left so long ago that it counts as lost is not waited for any more: or one lost packet would keep the flow from passing
+ * anything directly for ever. (Without a branch: the verifier follows each.) Under the lock. */
+static __always_inline void note_emit(struct flow *f, u32 cpu, u64 now)
+{
+	u32 stale = (s64)(EMIT_STALE_NS - (s64)(now - f->emit_ns)) >> 63; /* all ones, or 0 */
+
+	f->in_flight = (f->in_flight & ~stale) + 1;
+	f->emit_cpu = cpu;
+	f->emit_ns = now;
+}
+
 /* Has a commit come that the flow does not know yet? (A program that read the pair's word just before may be behind the flow instead.) */
 static __always_inline bool behind(const struct flow *f, u32 epoch) { return (s32)(epoch - f->epoch) > 0; }
 

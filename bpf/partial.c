@@ -23,9 +23,7 @@ int partial(struct __sk_buff *skb)
 		account_release(f, h, &ack, &win);
 		part = *h;
 		cut = f->matched - h->start;
-		f->in_flight++;
-		f->emit_cpu = cpu;
-		f->emit_ns = notes->now;
+		note_emit(f, cpu, notes->now);
 		any = true;
 	}
 	bpf_spin_unlock(&f->lock);

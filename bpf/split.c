@@ -155,7 +155,7 @@ static __always_inline int split_packet(struct __sk_buff *skb, u32 kind, int bat
 	if (same_flow(f, ref.generation) && f->p_count) {
 		if (f->owner) {
 			f->work = 1;
-		} else if (at.state != CHECKPOINTING && (f->s_count || f->epoch != at.epoch || releasable(f, record(t, f->p_head)))) {
+		} else if (at.state != CHECKPOINTING && (at.state == PASSTHROUGH || f->s_count || f->epoch != at.epoch || releasable(f, record(t, f->p_head)))) {
 			f->owner = 1;
 			drains = true;
 			steps = own + f->s_count;

@@ -338,9 +338,7 @@ static __always_inline u32 release_first(struct flow *f, struct held_table *t, c
 	out->win = win;
 	out->index = f->p_head;
 	p_unlink_head(f, t);
-	f->in_flight++;
-	f->emit_cpu = out->cpu;
-	f->emit_ns = now;
+	note_emit(f, out->cpu, now);
 	struct held *next = record(t, f->p_head);
 	out->more = f->work || (f->p_head != NONE && releasable(f, next));
 	if (stream) /* behind it may be what the PVM sent twice, which only matching finds */

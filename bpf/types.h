@@ -184,7 +184,8 @@ struct flow {
 	u32 svm_ts, pvm_ts;
 	u32 svm_high;  /* FLOW_SENT: the SVM has sent data up to this (its own numbers, likewise below) */
 	u32 svm_again; /* FLOW_AGAIN: timestamp of what it has sent again last */
-	u32 pad[18]; /* to whole cache lines */
+	u32 open_sums; /* the PVM leaves this flow's checksums open (SUM_OPEN), as far as could be told; written by P2 */
+	u32 pad[17]; /* to whole cache lines */
 };
 #define CACHE_LINE 64
 _Static_assert(__builtin_offsetof(struct flow, proven) == CACHE_LINE && __builtin_offsetof(struct flow, key) == 2 * CACHE_LINE, "lines of struct flow");

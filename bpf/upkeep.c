@@ -52,6 +52,18 @@ int flush(struct __sk_buff *skb)
 	return VERDICT_DROP;
 }
 
+/* A protection begins. Since the last one the PVM has sent what nobody looked at: the positions that the flow knows are of no use, and 2 GiB on they would
+ * make new bytes look old. It begins anew with what comes next. */
+static __always_inline void forget_stream(struct flow *f)
+{
+	bpf_spin_lock(&f->lock);
+	if ((f->flags & FLOW_LIVE) && !f->owner && !f->p_count) {
+		f->flags &= FLOW_LIVE | FLOW_OPEN | FLOW_NO_SACK;
+		f->p_known = 0;
+	}
+	bpf_spin_unlock(&f->lock);
+}
+
 /* Looks for what waits too long, and ends idle flows. */
 int sweep(struct __sk_buff *skb)
 {
@@ -71,6 +83,8 @@ int sweep(struct __sk_buff *skb)
 		struct place at;
 		if (!f || !(f->flags & FLOW_LIVE) || !place_of_id(&at, f->key.nic))
 			continue;
+		if (at.state == SYNCING && at.nic->role == ROLE_PRIMARY)
+			forget_stream(f);
 		if (!f->p_count && !f->s_count) {
 			reclaim(index, now);
 			continue;

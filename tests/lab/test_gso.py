@@ -257,6 +257,21 @@ def test_open_checksums_of_a_flow_that_releases_itself(wire: Wire, talk: Talk) -
     assert all(Heard.of(f).sums_hold() for f in got)
 
 
+def test_a_whole_checksum_that_looks_open(wire: Wire, talk: Talk) -> None:
+    """One in 65,535 whole checksums equals the pseudo-header's sum; as a vessel such a packet must not have others completed."""
+    wire.svm(talk.tcp(1, STREAM[:50], ack=9999), talk.tcp(51, STREAM[50:1000], ack=9999))
+    first = talk.tcp(1, STREAM[:50], ack=1000)
+    looks_open, at = open_sum(first), Heard.of(first).l4 + 16
+    whole, pseudo = (int.from_bytes(frame[at : at + 2], "big") for frame in (first, looks_open))
+    first = talk.tcp(1, STREAM[:50], ack=1000 + (whole - pseudo) % 0xFFFF)
+    assert Heard.of(first).sums_hold()
+    assert first == open_sum(first)
+    wire.pvm(talk.tcp(51, STREAM[50:1000], ack=1000), first)  # the second fills the hole
+    wire.svm(talk.tcp(1, STREAM[:50], ack=99_999))
+    got = wire.released(2)
+    assert [Heard.of(frame).sums_hold() for frame in got] == [True] * len(got)
+
+
 @pytest.mark.parametrize(("total", "size"), [(6500, 1400), (6400, 100)], ids=["5 segments", "64 segments"])
 @pytest.mark.parametrize("first", ["pvm", "svm"])
 def test_udp_super_packets(wire: Wire, talk: Talk, first: str, total: int, size: int) -> None:

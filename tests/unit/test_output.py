@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes as ct
 import random
 import socket
 import time
@@ -13,6 +14,7 @@ from scapy.layers.inet6 import ICMPv6ND_NS
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
 
+from coloebpf import bpfsys
 from coloebpf.errors import ConfigError
 from coloebpf.model import Policy, State
 from tests.unit.conftest import SIZES
@@ -321,6 +323,44 @@ def test_the_sweep_tells_what_waits_and_ends_what_is_idle(rig: Rig) -> None:
     rig.age_flows()
     rig.control.sweep()
     assert [flow.p_count for flow in rig.flows()] == [1], "the idle flow should be gone, the held one not"
+
+
+def test_what_comes_back_after_the_right_to_speak_has_ended_is_dropped(rig: Rig) -> None:
+    frame = udp(next_port(), b"was released")
+    for state, verdict, dropped in ((State.LOCKSTEP, PASS, 0), (State.HALTED, DROP, 1)):
+        rig.control.set_state(0, state)
+        before = rig.counters()
+        assert rig.output(frame, mark=rig.mark) == verdict
+        since = rig.since(before)
+        assert (since["reentered"], since.get("dropped.halted", 0)) == (1, dropped)
+
+
+def test_a_new_protection_knows_nothing_of_the_last_ones_streams(rig: Rig) -> None:
+    """What the PVM sends without protection is not looked at: 2 GiB further on, new bytes would look like old ones."""
+    port = next_port()
+    rig.output(tcp(port, 1000, b"a" * 100))
+    rig.control.suspend(0)
+    rig.control.commit(0)
+    rig.control.set_state(0, State.UNPROTECTED)
+    rig.control.set_state(0, State.SYNCING)
+    assert rig.output(tcp(port, 1000 + 2**31, b"b" * 500)) == PASS
+    rig.control.suspend(0)
+    rig.control.commit(0)
+    before = rig.counters()
+    assert rig.output(tcp(port, 1500 + 2**31, b"c" * 100)) == DROP
+    assert rig.since(before) == HELD
+
+
+def test_what_never_came_back_is_not_waited_for_for_ever(rig: Rig) -> None:
+    port = next_port()
+    rig.output(udp(port, b"first"))
+    (index,) = [i for i in range(rig.flow_top()) if rig.flow(i).flags & 1 and rig.flow(i).p_count]
+    flow = rig.flow(index)
+    flow.in_flight, flow.emit_ns = 7, 1
+    bpfsys.update(rig.control.fd("flows"), ct.c_uint32(index), flow)
+    rig.control.suspend(0)
+    rig.control.commit(0)
+    assert rig.flow(index).in_flight <= 1
 
 
 def test_a_pairs_own_compare_timeout_counts_for_it(rig: Rig) -> None:
