@@ -78,8 +78,10 @@ class Supervisor(ABC):
         self.machine = Machine(config.role, State.UNPROTECTED, outside.clock)
         self.state_since_ns, self.state_reason = outside.clock(), ""
         self.deadline_ns = 0
+        self.open_after_ns = 0  # from then on the programs let everything pass; 0: never
         self.peer_state: State | None = None
         self._asking: asyncio.Task[None] | None = None
+        self._unanswered = False  # the arbiter has not said anything yet
         self._keeping: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -119,9 +121,8 @@ class Supervisor(ABC):
     def tick(self) -> None:
         """To be called several times in `service_loss_after_ms`: the programs see that the service lives."""
         after = self.config.service_loss_after_ms * MS
-        self.out.control.set_open_after(
-            self.number, self.out.clock() + after if self.config.on_service_loss == "open" else 0
-        )
+        self.open_after_ns = self.out.clock() + after if self.config.on_service_loss == "open" else 0
+        self.out.control.set_open_after(self.number, self.open_after_ns)
 
     def reconfigure(self, config: PairConfig) -> None:
         """Takes over what a reload may change in a running pair (config_reload.PairChange without `restart`)."""
@@ -202,6 +203,8 @@ class Supervisor(ABC):
         )
         if change.new is not change.old and not (change.old in REPLICATED and change.new in REPLICATED):
             self.tell_state()
+        if self._unanswered and not self.machine.alone_pending:
+            self.stop_asking()  # its answer could only do harm: it may turn off a host that is well
         return True
 
     def tell_state(self) -> None:
@@ -223,18 +226,24 @@ class Supervisor(ABC):
     async def _ask(self) -> None:
         self.say(logging.WARNING, "asking the arbiter for the right to go on alone", arbiter=self.out.arbiter.name)
         try:
-            answer = await self.out.arbiter.acquire(self.config)
+            self._unanswered = True
+            try:
+                answer = await self.out.arbiter.acquire(self.config)
+            finally:
+                self._unanswered = False
             if isinstance(answer, Grant):
                 await self.take_over(answer, f"arbiter {self.out.arbiter.name} says yes")
-            elif self.machine.alone_pending:  # else an operator has ended the protection meanwhile
+            else:
                 self.go(Trigger.REFUSED, answer.reason)
         finally:
-            self._asking = None
+            if self._asking is asyncio.current_task():
+                self._asking = None
 
     def stop_asking(self) -> None:
-        """An operator knows better."""
+        """An operator knows better, or nobody waits for the answer any more."""
         if self._asking is not None:
             self._asking.cancel()
+            self._asking, self._unanswered = None, False
 
     @abstractmethod
     async def take_over(self, grant: Grant, reason: str) -> None:

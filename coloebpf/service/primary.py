@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from coloebpf.errors import ArbiterError, ColoError, EngineError, PairError
 from coloebpf.model import State
@@ -42,12 +43,25 @@ class Primary(Parting):
         self._timer: asyncio.TimerHandle | None = None
         self._asker = Asker(self.number, outside.send, self._stop_proving, self._ask_engine, self._give_up)
         self._beginning: asyncio.Task[None] | None = None
+        self._outdated = False  # the checkpoint under way does not have all that the client was sent
 
     def resume(self) -> None:
         """See Supervisor. A checkpoint that was under way is made anew: nobody knows how far it came."""
         self.ledger.begin(self.out.clock())
         self._told = self._confirmed = self.machine.state is State.LOCKSTEP
         self._recorded = self.machine.state in REPLICATED
+
+    def tick(self) -> None:
+        """See Supervisor. A service that stood still for too long makes the SVM a replica anew, as at its start."""
+        opened = self.machine.state in REPLICATED and 0 < self.open_after_ns < self.out.clock()
+        if opened:  # the programs have let everything pass; before they compare again they must hold
+            self._outdated = self.ledger.pending is not None
+            reason = "this service stood still, and everything has passed meanwhile"
+            hold = partial(self.out.control.set_state, self.number, State.CHECKPOINTING)
+            self.go(Trigger.SUSPENDED, reason, hold)
+        super().tick()
+        if opened:
+            self.consider()
 
     async def stop(self) -> None:
         """See Supervisor."""
@@ -179,6 +193,9 @@ class Primary(Parting):
             self.say(logging.WARNING, "the engine has made a checkpoint of its own accord", engine=self.engine.name)
 
     def _committed(self) -> None:
+        if self._outdated:
+            self._failed("it was asked for before everything passed uncompared", fatal=False)
+            return
         sent = 0
 
         def commit() -> None:
@@ -194,6 +211,7 @@ class Primary(Parting):
 
     def _failed(self, reason: str, fatal: bool) -> None:
         self.say(logging.WARNING, "checkpoint failed", reason=reason, fatal=fatal)
+        self._outdated = False
         self.ledger.gave_up(PairError(reason))
         if fatal:
             self.secondary_gone(reason)

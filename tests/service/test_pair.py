@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from coloebpf.errors import ArbiterError, PairError
-from coloebpf.model import State
+from coloebpf.model import Role, State
 from coloebpf.service.arbiters.base import Grant, Refusal
 from coloebpf.service.engines.model import Step
 from coloebpf.service.peer.messages import Committed, Message, PairNote, Prepare, Prepared, StateNote
@@ -576,6 +576,27 @@ def test_a_question_is_not_taken_back() -> None:
     play(test)
 
 
+@pytest.mark.parametrize("role", [P, S])
+def test_a_question_that_nobody_waits_for_any_more_is_taken_back(role: Role) -> None:
+    """A fencing command that goes on trying would end the only host that is well."""
+
+    async def test(world: World) -> None:
+        await world.protected()
+        side = world.sides[role]
+        side.pair.peer_lost()
+        await world.until(lambda: world.arbiter.asked == [role])
+        await side.pair.unprotect() if role is P else side.pair.received(StateNote(3, PASSTHROUGH, 2))
+        state = side.state
+        assert state is (UNPROTECTED if role is P else HALTED)
+        await world.settle()
+        world.arbiter.answers[role].put_nowait(Grant(ahead()))
+        await world.settle()
+        assert world.arbiter.answers[role].qsize() == 1, "nobody is listening"
+        assert side.state is state
+
+    play(test)
+
+
 @pytest.mark.parametrize("leaves", [P, S])
 def test_a_right_that_is_not_renewed_ends(leaves: object) -> None:
     async def test(world: World) -> None:
@@ -884,6 +905,36 @@ def test_a_restart_where_everything_may_have_passed_meanwhile() -> None:
         assert world.primary.ledger.commits == {"initial": 1}
 
     play(test, on_service_loss="open", promotes=False)
+
+
+@pytest.mark.parametrize("careful", [False, True])
+@pytest.mark.parametrize("during", [None, *Step])
+def test_a_service_that_stood_still_while_everything_passed(during: Step | None, careful: bool) -> None:
+    """What was copied, or asked for, before it woke up does not have what the client was sent meanwhile."""
+
+    async def test(world: World) -> None:
+        await world.protected()
+        if during is not None:
+            world.p.engine.hang(during)
+            world.find()
+            await world.until(lambda: world.p.engine.requests == 2)
+            await world.settle()
+        world.story.clear()
+        held: list[State] = []
+        old = world.p.plane.open_after_ns
+        world.p.plane.set_open_after = lambda pair, ns: held.append(world.p.plane.word.state)  # type: ignore[method-assign]
+        world.primary.tick()
+        assert held.pop() is world.p.state, "no other state as long as it is in time"
+        world.primary.open_after_ns = old - 10**12
+        world.primary.tick()
+        assert held == [CHECKPOINTING], "they hold before they compare again"
+        world.p.engine.go()
+        await world.states(LOCKSTEP, LOCKSTEP)
+        assert world.p.engine.requests == (2 if during is None else 3)
+        assert world.story.count("p commit") == 1
+        assert max(i for i, step in enumerate(world.story) if step == "p request") < world.story.index("p commit")
+
+    play(test, on_service_loss="open", careful=careful)
 
 
 def test_a_restart_before_the_first_commit() -> None:
