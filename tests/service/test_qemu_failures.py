@@ -147,6 +147,41 @@ def test_a_copy_that_ends_by_itself_is_a_checkpoint(play: Play, monkeypatch: pyt
     play(test)
 
 
+def ends_by_itself(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy under way, soon, and at once: nothing holds it in the end."""
+    monkeypatch.setattr(qemu_filling, "HELD_BYTES", -1)
+    monkeypatch.setattr(qemu_filling, "BUSY_PASSES", 10_000)
+    monkeypatch.setattr(qemu_filling.Filling, "_half", qemu_filling.UNLIMITED)
+
+
+def test_a_copy_that_ends_by_itself_may_be_the_svm_before_its_switch(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`switch` comes last of all: there is nothing to switch any more, and the standby is not lost."""
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        before, said = len(rig.heard), len(rig.said)
+        heard = rig.secondary.heard
+
+        def late(word: str, number: int, detail: str) -> None:
+            if word == "switch":
+                asyncio.get_running_loop().call_later(0.5, heard, word, number, detail)
+            else:
+                heard(word, number, detail)
+
+        monkeypatch.setattr(rig.secondary, "heard", late)
+        ends_by_itself(rig, monkeypatch)
+        await rig.until(lambda: len(kinds(rig, "a", before)) >= 2, "the commit")
+        told = [event for _, host, event in rig.heard[before:] if host == "a"]
+        assert told[:2] == [Suspended(requested=False), Committed()]
+        assert not any(word.startswith("a lost") for word in rig.said[said:])
+        monkeypatch.undo()
+        await goes_on(rig)
+
+    play(test)
+
+
 @pytest.mark.parametrize("who", ["standby", "svm"])
 def test_a_qemu_that_hangs_holds_up_nobody_for_long(play: Play, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
     """A standby that loads nothing fails the checkpoint; the PVM need not wait for that."""

@@ -75,6 +75,8 @@ class Copy:
         self.filling: Filling | None = None
         self.refused = ""  # why no copy of this guest makes sense
         self.cutting = False  # the secondary was told to close the disks
+        self.stood = False  # the PVM has come to a standstill for it
+        self.suspended = False  # and that was told
         self.stop, self.moved, self.switched, self.cut, self.whole = (loop.create_future() for _ in range(5))
         self.futures: tuple[asyncio.Future[None], ...] = (self.stop, self.moved, self.switched, self.cut, self.whole)
 
@@ -171,7 +173,7 @@ class QemuPrimary:
             case "standby":
                 host, port, token = detail.split()
                 self._standby = Standby(number, host, int(port), token)
-                if self.copy is not None and copy is None:
+                if self.copy is not None and copy is None and not self.copy.whole.done():
                     self.copy.fail("the secondary has another standby")
                 self._wake.set()
             case "exported":
@@ -267,6 +269,7 @@ class QemuPrimary:
         if copy is None:
             return
         if name == "STOP":
+            copy.stood = True
             copy.came(copy.stop)
             self._wake.set()
         elif name == "MIGRATION" and data.get("status") == "completed":
@@ -368,7 +371,7 @@ class QemuPrimary:
         relay.widen()
         relay.open(0)
         await self._within(copy.stop, STOP_S, "the PVM did not come to a standstill")
-        self._emit(Suspended(requested=self._requested))
+        self._suspend(copy)
         await self._within(copy.moved, MOVE_S, "the PVM's rest was not moved")
         relay.let_go()
         if self._mirrors.nodes:
@@ -381,6 +384,12 @@ class QemuPrimary:
         self._requested = False
         self._emit(Committed())
         self._say_to("go", copy.number, "")
+
+    def _suspend(self, copy: Copy) -> None:
+        """The PVM stands still, and did not since it was told: the old SVM's word ends here."""
+        if copy.stood and not copy.suspended:
+            copy.suspended = True
+            self._emit(Suspended(requested=self._requested))
 
     async def _fill(self, copy: Copy, filling: Filling) -> bool:
         """Until a checkpoint is wanted, and its copy ready for it: False. True: the PVM stands still already."""
@@ -440,6 +449,7 @@ class QemuPrimary:
 
     async def _undo(self, copy: Copy, pvm: Qmp, reason: str) -> None:
         """The PVM goes on without this copy, whatever has become of it; QEMU itself lets it if its migration breaks."""
+        self._suspend(copy)  # the standby may be the SVM already, if the copy has ended by itself
         self._say_to("discard", copy.number, "")
         if copy.relay is not None:
             copy.relay.close()
@@ -452,6 +462,7 @@ class QemuPrimary:
                     # Its next writes must not get into a layer that an SVM may already stand on.
                     await self._mirrors.end(pvm)
                     self._mirrors.broken = "a checkpoint broke off at the disks"
+                self._suspend(copy)
                 await self._go_on(pvm)
         except (EngineError, TimeoutError) as e:
             say(logger, logging.WARNING, "the PVM's QEMU does not answer", pair=self._vms.name, error=e, after=reason)

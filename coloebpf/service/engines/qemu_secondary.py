@@ -86,6 +86,7 @@ class QemuSecondary:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopped = False
         self._mine = False  # by a failover the SVM has become the guest
+        self._settled: int | None = None  # number of the standby that has become the SVM last
 
     # ---- coloebpf.service.engine.Engine ----------------------------------------------------------------------------
 
@@ -148,6 +149,8 @@ class QemuSecondary:
                 self._switch()
             case "cut" if self.standby is not None and known:
                 self._spawn(self._cut(self.standby))
+            case "switch" if number == self._settled:
+                self._say_to("switched", number, "")  # the copy has ended by itself before anybody could say so
             case "switch":
                 self._say_to("lost", number, "there is no such standby")
             case "go" if self._paused:
@@ -342,6 +345,7 @@ class QemuSecondary:
         if self.standby is not standby or not standby.loaded or (self._vms.config.disks and not standby.cut):
             return
         self._vifs.settle()
+        self._settled = standby.number
         old, self.svm, self.standby, self._paused = self.svm, standby.vm, None, True
         if old is not None:
             self._leave(old)
