@@ -182,6 +182,21 @@ def test_a_copy_that_ends_by_itself_may_be_the_svm_before_its_switch(
     play(test)
 
 
+def test_a_copy_that_ends_by_itself_and_fails_is_told(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has heard that the PVM stands still holds its output until an end of that."""
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        before = len(rig.heard)
+        rig.follows = False
+        ends_by_itself(rig, monkeypatch)
+        await rig.until(lambda: Failed in kinds(rig, "a", before), "the failure")
+        assert kinds(rig, "a", before)[:2] == [Suspended, Failed]
+        assert await rig.pvm_status() == "running"
+
+    play(test)
+
+
 @pytest.mark.parametrize("who", ["standby", "svm"])
 def test_a_qemu_that_hangs_holds_up_nobody_for_long(play: Play, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
     """A standby that loads nothing fails the checkpoint; the PVM need not wait for that."""

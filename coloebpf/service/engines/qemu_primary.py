@@ -345,7 +345,7 @@ class QemuPrimary:
             await self._undo(copy, pvm, str(e))
             say(logger, logging.WARNING, "a copy came to nothing", pair=self._vms.name, reason=e)
             fatal = self._mirrors.broken or copy.refused
-            if requested or fatal:
+            if requested or copy.suspended or fatal:
                 self._requested = False
                 self._emit(Failed(fatal or str(e), fatal=bool(fatal)))
         except asyncio.CancelledError:
