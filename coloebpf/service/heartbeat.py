@@ -118,6 +118,14 @@ class Heartbeat:
         """On a secondary: the primary may speak because of our beats. Ends by itself when `lost` is reported."""
         self.granter.set_granting(pair, on)
 
+    def is_lost(self, pair: int) -> bool:
+        """That was told, and is still so."""
+        watch, now, deadline = self._watches.get(pair), self._clock(), self._deadlines.get(pair)
+        if watch is None or pair not in self._lost:
+            return False
+        last_ns = max(self.last_mgmt_ns, self._last_fwd(watch))
+        return last_ns <= now - self.timeout_ns or (deadline is not None and deadline < now)
+
     def status(self) -> list[PathStatus]:
         """The management path, and each forward device."""
         now, noted = self._clock(), self._fwd_beats()

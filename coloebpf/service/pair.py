@@ -52,6 +52,7 @@ class Witness(Protocol):
     """The part of coloebpf.service.heartbeat.Heartbeat that a pair needs."""
 
     def set_granting(self, pair: int, on: bool) -> None: ...
+    def is_lost(self, pair: int) -> bool: ...
     async def wait_safe(self, pair: int) -> None: ...
 
 
@@ -77,6 +78,7 @@ class Supervisor(ABC):
         self.engine_ready = False
         self.machine = Machine(config.role, State.UNPROTECTED, outside.clock)
         self.state_since_ns, self.state_reason = outside.clock(), ""
+        self.told = False  # the last change of state has been sent
         self.deadline_ns = 0
         self.open_after_ns = 0  # from then on the programs let everything pass; 0: never
         self.peer_state: State | None = None
@@ -202,14 +204,16 @@ class Supervisor(ABC):
             level if change.new is not change.old else logging.DEBUG, "state", **names, trigger=trigger, reason=reason
         )
         if change.new is not change.old and not (change.old in REPLICATED and change.new in REPLICATED):
-            self.tell_state()
+            self.told = self.tell_state()
         if self._unanswered and not self.machine.alone_pending:
             self.stop_asking()  # its answer could only do harm: it may turn off a host that is well
+        if change.old is State.SYNCING and change.new in REPLICATED and self.out.witness.is_lost(self.number):
+            self.peer_lost()  # which was told when nobody was waiting for it, and is told once
         return True
 
-    def tell_state(self) -> None:
-        """To the other side."""
-        self.out.send(StateNote(self.number, self.machine.state, self.out.control.state(self.number).epoch))
+    def tell_state(self) -> bool:
+        """To the other side; False if there is no link."""
+        return self.out.send(StateNote(self.number, self.machine.state, self.out.control.state(self.number).epoch))
 
     def set_deadline(self, deadline_ns: int) -> None:
         """End of this host's right to speak for the guest; 0: none."""

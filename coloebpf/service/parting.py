@@ -32,6 +32,7 @@ class Parting(Supervisor):
         self._confirmed = False  # and has said so
         self._recorded = False  # the arbiter knows that both may ask, and the secondary was not dismissed since
         self._dismissed = Reply()
+        self._offers = False  # fell silent out of lock-step, and was never alone: the SVM may be the guest at once
 
     @abstractmethod
     def consider(self) -> None:
@@ -50,9 +51,18 @@ class Parting(Supervisor):
     def link_up(self, peer: PairNote | None) -> None:
         """See Supervisor. The state may have changed since this side's hello."""
         super().link_up(peer)
-        if self.machine.state not in (State.HALTED, State.UNPROTECTED):  # of these, only news mean something
+        # Of these only news mean something; but an offer may have met no link, and is as good later.
+        if self._offers or self.machine.state not in (State.HALTED, State.UNPROTECTED):
             self.tell_state()
         self.consider()
+
+    def go(self, trigger: Trigger, reason: str, write: Callable[[], object] | None = None) -> bool:
+        """See Supervisor."""
+        old = self.machine.state
+        done = super().go(trigger, reason, write)
+        if self.machine.state is not old:
+            self._offers = old in REPLICATED and self.machine.state is State.HALTED
+        return done
 
     def received(self, message: Message) -> None:
         """See Supervisor."""

@@ -316,3 +316,8 @@ class Primary(Parting):
         if self.engine.hands_over:
             raise PairError(f"pair {self.config.name}: engine {self.engine.name} can't: {self.engine.hands_over}")
         self.go(Trigger.LEASE_LOST, "an operator lets the secondary take over")
+        if not self.told:
+            raise PairError(
+                f"pair {self.config.name}: this host is silent, but the secondary could not be told: it takes over "
+                "when the link is back; if this can't wait, say `failover` there"
+            )

@@ -79,13 +79,16 @@ class FakeWitness:
     """Grants that nobody sees; `safe` may be held back."""
 
     def __init__(self) -> None:
-        self.granting = False
+        self.granting = self.lost = False
         self.safe = asyncio.Event()
         self.safe.set()
         self.waited = 0
 
     def set_granting(self, pair: int, on: bool) -> None:
         self.granting = on
+
+    def is_lost(self, pair: int) -> bool:
+        return self.lost
 
     async def wait_safe(self, pair: int) -> None:
         assert not self.granting

@@ -145,6 +145,19 @@ def test_both_lost_is_told_once_and_its_end_too() -> None:
     assert bench.told("lost") == [0, 0]
 
 
+def test_a_pair_is_lost_until_something_comes() -> None:
+    bench = Bench()
+    bench.ticks(10, "mgmt", "fwd")
+    assert not bench.beat.is_lost(0)
+    bench.ticks(20)
+    assert bench.beat.is_lost(0)
+    bench.mgmt(echo=bench.sent.number, granted=(0,))
+    assert not bench.beat.is_lost(0), "before the next tick says so"
+    bench.ticks(10, "mgmt")
+    assert bench.beat.is_lost(0), "its leave to speak has ended"
+    assert not bench.beat.is_lost(1)
+
+
 def test_a_secondary_waits_for_a_lease_and_stops_granting_before_it_asks() -> None:
     bench = Bench(Role.SECONDARY)
     bench.beat.set_granting(0, True)

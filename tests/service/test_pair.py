@@ -558,6 +558,29 @@ def test_the_secondary_takes_over(careful: bool, during: Step | None) -> None:
     play(test, careful=careful, leased=True)
 
 
+def test_a_secondary_that_is_lost_during_the_first_copy() -> None:
+    """Its loss is told once, while it was no replica; lock-step would hold for nobody, and for ever."""
+
+    async def test(world: World) -> None:
+        for side in world.sides.values():
+            await side.pair.start()
+        world.p.engine.hang(Step.REQUEST)
+        world.connect()
+        await world.primary.protect()
+        await world.until(lambda: "p request" in world.story)
+        world.p.witness.lost = True
+        world.disconnect()
+        world.p.pair.peer_lost()
+        await world.settle()
+        assert world.arbiter.asked == [], "it holds nothing yet"
+        world.p.engine.go()
+        await world.until(lambda: world.arbiter.asked == [P])
+        world.arbiter.answers[P].put_nowait(Grant())
+        await world.states(PASSTHROUGH, SYNCING)
+
+    play(test)
+
+
 def test_a_question_is_not_taken_back() -> None:
     async def test(world: World) -> None:
         await world.protected()
@@ -732,15 +755,39 @@ def test_an_old_halt_is_no_offer() -> None:
 
     async def test(world: World) -> None:
         await world.protected()
+        world.arbiter.answers[P].put_nowait(Grant())
         world.disconnect()
+        world.p.pair.peer_lost()
+        await world.states(PASSTHROUGH, LOCKSTEP)
         world.p.engine.lose_domain()
         await world.states(HALTED, LOCKSTEP)
         world.connect()
         await world.settle()
         assert world.s.state is LOCKSTEP
-        assert world.arbiter.asked == []
+        assert world.arbiter.asked == [P]
 
     play(test)
+
+
+@pytest.mark.parametrize("by_operator", [True, False])
+def test_an_offer_that_could_not_be_sent_is_made_when_the_link_is_back(by_operator: bool) -> None:
+    """The primary was never alone: the secondary is as good a guest as it was."""
+
+    async def test(world: World) -> None:
+        await world.protected()
+        world.link = False  # and nobody has noticed
+        if by_operator:
+            with pytest.raises(PairError, match="could not be told"):
+                await world.primary.failover()
+        else:
+            world.p.engine.lose_domain()
+        world.disconnect()
+        await world.settle()
+        assert (world.p.state, world.s.state) == (HALTED, LOCKSTEP)
+        world.connect()
+        await world.states(HALTED, PROMOTED)
+
+    play(test, promotes=False)
 
 
 def test_nothing_to_move_to() -> None:
