@@ -71,6 +71,29 @@ def test_a_standby_that_dies_while_it_is_filled_is_replaced(play: Play) -> None:
     play(test)
 
 
+def test_a_late_question_does_not_end_the_standby_that_is_filled(play: Play) -> None:
+    """It was asked before this one was heard of. Nor does a second offer begin it anew."""
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        standby, copy, before = rig.secondary.standby, rig.primary.copy, len(rig.heard)
+        assert standby is not None
+        rig.secondary.heard("ask", standby.number - 1, "")
+        rig.primary.heard("standby", standby.number, f"127.0.0.1 1 {standby.token}")
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: Committed in kinds(rig, "a", before), "the commit")
+        assert kinds(rig, "a", before) == [Suspended, Committed]
+        assert rig.secondary.svm is standby.vm
+        await rig.until(lambda: rig.primary.copy is not copy and rig.primary.filled, "the next copy")
+        following = rig.secondary.standby
+        assert following is not None
+        assert following.taken
+        rig.secondary.heard("ask", following.number, "")
+        assert rig.secondary.standby is None
+
+    play(test)
+
+
 @pytest.mark.parametrize("step", ["switch", "switched", "Suspended"])
 def test_a_standby_that_dies_in_a_checkpoint_leaves_the_old_svm(play: Play, step: str) -> None:
     """What was switched comes back, with the epoch and so the old translations."""
@@ -242,6 +265,7 @@ def test_a_primary_service_that_ends_in_a_checkpoint_leaves_a_running_pvm(play: 
         rig.primary = rig.make_primary()
         await rig.primary.start()
         rig.primary.peer_up()
+        rig.secondary.peer_up()
         await rig.until(lambda: rig.primary.pvm is not None, "the PVM")
         assert await rig.pvm_status() == "running"
         await rig.primary.request_checkpoint()

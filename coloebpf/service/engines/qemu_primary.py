@@ -118,6 +118,7 @@ class QemuPrimary:
         self._mirroring: asyncio.Task[None] | None = None
         self._stopped = False
         self._asked_s = 0.0
+        self._heard = 0  # number of the last standby that was offered; 0: none was
 
     # ---- coloebpf.service.engine.Engine ----------------------------------------------------------------------------
 
@@ -171,9 +172,12 @@ class QemuPrimary:
         copy = self.copy if self.copy is not None and self.copy.number == number else None
         match word:
             case "standby":
+                self._heard = number
+                if copy is not None:
+                    return  # offered twice
                 host, port, token = detail.split()
                 self._standby = Standby(number, host, int(port), token)
-                if self.copy is not None and copy is None and not self.copy.whole.done():
+                if self.copy is not None and not self.copy.whole.done():
                     self.copy.fail("the secondary has another standby")
                 self._wake.set()
             case "exported":
@@ -218,7 +222,7 @@ class QemuPrimary:
             now = asyncio.get_running_loop().time()
             if wanted and self._standby is None and self.copy is None and now - self._asked_s > ASK_S:
                 self._asked_s = now
-                self._say_to("ask", 0, "")
+                self._say_to("ask", self._heard, "")
                 if self.pvm is not None and self._mirrors.due and self._asked:
                     with contextlib.suppress(EngineError):
                         self._say_to("disks", 0, json.dumps(await self._mirrors.sizes(self.pvm)))

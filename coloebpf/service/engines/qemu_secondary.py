@@ -81,11 +81,12 @@ class QemuSecondary:
         self.standby: Standby | None = None
         self._paused = False  # the SVM was not told to run yet
         self._leaving: set[asyncio.Task[None]] = set()  # QEMUs that are being ended
-        self._numbers = itertools.count(secrets.randbelow(1 << 30))
+        self._numbers = itertools.count(1 + secrets.randbelow(1 << 30))
         self._listener: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopped = False
         self._mine = False  # by a failover the SVM has become the guest
+        self._before: int | None = None  # number of the standby that was there when the link came up, until asked
         self._settled: int | None = None  # number of the standby that has become the SVM last
 
     # ---- coloebpf.service.engine.Engine ----------------------------------------------------------------------------
@@ -140,8 +141,13 @@ class QemuSecondary:
         known = self.standby is not None and self.standby.number == number
         match word:
             case "ask":
-                if self.standby is not None and self.standby.taken and not self.standby.trial:
-                    self._discard()  # it was another service's, or its copy has broken
+                # It was another service's, or its copy has broken. One that the primary had not heard of when it asked
+                # was taken since: the memory's connection may overtake the link.
+                over = (number, self._before)
+                self._before = None
+                standby = self.standby
+                if standby is not None and standby.number in over and standby.taken and not standby.trial:
+                    self._discard()
                 self._offer()
             case "disks":
                 self._spawn(self._copy_disks(json.loads(detail)))
@@ -159,7 +165,8 @@ class QemuSecondary:
                 self._discard()
 
     def peer_up(self) -> None:
-        """See Talking. The primary asks."""
+        """See Talking. The primary asks, and has given up what it had begun before."""
+        self._before = self.standby.number if self.standby is not None else None
 
     # ---- QEMUs -----------------------------------------------------------------------------------------------------
 
