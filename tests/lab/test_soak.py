@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import ctypes as ct
 import os
 import random
+import socket
 import statistics
 import threading
 import time
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from coloebpf import pins
+from coloebpf import bpfsys, pins
 from coloebpf.control import Control
 from coloebpf.errors import ColoError
 from coloebpf.lab.plan import HOSTS
@@ -79,6 +81,20 @@ def in_use(control: Control) -> tuple[int, int]:
     shot = control.snapshot()
     flows, slots = (shot[what]["total"] - shot[what]["free"] for what in ("flows", "slots"))
     return flows, slots
+
+
+def left_over(control: Control) -> list[str]:
+    """The flows that are not gone: client's port, flags (FLOW_* of bpf/types.h), seconds since their last packet."""
+    top, found = 4096, []
+    for number in range(top):
+        flow = control.shapes.leaf("flows")()
+        if bpfsys.lookup(control.fd("flows"), ct.c_uint32(number), flow) and flow.flags & 1:
+            idle = (time.monotonic_ns() - flow.last_ns) / 1e9
+            found.append(
+                f"port {socket.ntohs(flow.key.remote_port)}, flags {flow.flags:#x}, idle {idle:.0f} s, "
+                f"held {flow.p_count}, parked {flow.s_count}, in flight {flow.in_flight}, owner {flow.owner}"
+            )
+    return found
 
 
 def failed(*clients: Counter | Churner) -> list[str]:
@@ -149,4 +165,7 @@ def test_given_churn_and_checkpoints_for_long_then_memory_is_flat_and_nothing_is
     for host in HOSTS:
         with Control.open(lab.plan.pin_dir(host)) as control:
             until(lambda c=control: in_use(c)[1] == 0, f"the {host} has all slots back")  # type: ignore[misc]
-            until(lambda c=control: in_use(c)[0] == 0, f"the {host} has all flows back", IDLE_S)  # type: ignore[misc]
+            try:
+                until(lambda c=control: in_use(c)[0] == 0, f"the {host} has all flows back", IDLE_S)  # type: ignore[misc]
+            except AssertionError as e:
+                raise AssertionError(f"{e}: {left_over(control)}") from e

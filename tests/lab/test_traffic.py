@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import pytest
 from coloebpf.lab import redis
 from coloebpf.lab.plan import GUESTS
 from coloebpf.netns import inside
+from tests.lab import traffic
 from tests.lab.conftest import Lab, LabMaker
 from tests.lab.loss import Loss
 
@@ -57,11 +59,26 @@ def lab(make_module_lab: LabMaker, request: pytest.FixtureRequest) -> Iterator[L
                 subprocess.Popen([sys.executable, TRAFFIC, "serve"]),
                 subprocess.Popen([*redis.SERVER], stdout=subprocess.DEVNULL),
             ]
-    redis.Connection(lab.plan, "client", lab.plan.nic_list()[0].guest_v4).close()
+    for guest in GUESTS:  # a client that comes while only one of them listens gets two different answers, and none
+        with inside(lab.plan.namespace(guest)):
+            for port in (traffic.PORT, redis.PORT):
+                await_listener(port)
     yield lab
     for server in servers:
         server.kill()
         server.wait()
+
+
+def await_listener(port: int) -> None:
+    """Returns when something listens on the port in this network namespace."""
+    deadline = time.monotonic() + SETTLE
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"nothing listens on port {port}"
+            time.sleep(0.05)
 
 
 @pytest.fixture(params=OFFLOADS)

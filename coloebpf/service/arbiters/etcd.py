@@ -240,6 +240,8 @@ def _why(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:  # of the configuration's files
         return f"{error.filename}: {error.strerror}"
     text = getattr(error, "detail_text", None) or str(error)
+    if "SSLEOFError" in text or "Connection reset" in text:  # in a race with the server's own word for it
+        return "it closes the connection in the TLS handshake; does it ask for another client certificate?"
     try:
         return str(json.loads(text)["error"])
     except (ValueError, LookupError, TypeError):
