@@ -124,20 +124,30 @@ class Daemon:
     async def _reload(self) -> None:
         self._notifier.reloading()
         self._service.troubles.pop("reload", None)
-        path = self._service.config.path
+        before = self._service.config
+        path = before.path
         try:
             await apply(self._service, configuration.load(path))
             set_level(self._service.config.host.log_level)
         except ColoError as e:
-            self._service.troubles["reload"] = f"the changed {path} was refused, what was before stays: {e}"
+            self._trouble(before, e)
             for line in str(e).splitlines():
                 say(log, logging.ERROR, "the changed configuration is refused", error=line)
-        except Exception:
+        except Exception as e:
+            self._trouble(before, e)
             log.exception("the changed configuration could not be applied")
         finally:
             self._notifier.ready()
         if self._again:
             asyncio.get_running_loop().call_soon(self.reload)
+
+    def _trouble(self, before: Config, error: Exception) -> None:
+        now = self._service.config
+        how = "was refused, what was before stays:"
+        if now is not before:
+            served = ", ".join(pair.name for pair in now.pairs) or "none"
+            how = f"was not applied as a whole; served are: {served};"
+        self._service.troubles["reload"] = f"the changed {before.path} {how} {error}"
 
     async def _watchdog(self) -> None:
         """On the event loop, so that systemd hears nothing when that stands still."""

@@ -19,6 +19,7 @@ from coloebpf.service.status import FINDINGS
 log = logging.getLogger("coloebpf.feed")
 
 EVENTS = 256  # that are taken in one go, some 2 ms; the rest comes in the loop's next round
+MOST_UNSEEN = 8192  # findings that wait for a look, some 5 MB; a storm brings them faster than they can be looked at
 LOOK_AFTER_S = 0.01  # a thread that runs would hold up the request that has just been decided on
 REST = 3  # times what the last walk took: with 100,000 flows that is more than its period would leave
 BOOK_FLOWS = 64  # flows in which a walk looks for the SVMs' addresses: some 0.3 ms
@@ -36,7 +37,9 @@ class Feed:
 
     def __init__(self, control: Control, comparer: Comparer, walk: Walk, book: AddressBook, pairs: Pairs) -> None:
         self.findings: dict[int, dict[str, int]] = {}
-        self._unseen: asyncio.Queue[list[Finding]] = asyncio.Queue()
+        self._unseen: list[Finding] = []
+        self._lost = 0
+        self._any = asyncio.Event()
         self._control, self._comparer, self._walk, self._book, self._pairs = control, comparer, walk, book, pairs
 
     def start(self) -> None:
@@ -56,13 +59,20 @@ class Feed:
         if len(findings) < len(events):
             self._control.kick()
         if findings:
-            self._unseen.put_nowait(findings)
+            room = MOST_UNSEEN - len(self._unseen)
+            self._unseen.extend(findings[:room])
+            self._lost += max(0, len(findings) - room)
+            self._any.set()
 
     async def look(self) -> None:
         """Reads both sides' records of what was found, logs and counts it. In a thread, for the table is large."""
         while True:
-            findings = await self._unseen.get()
+            await self._any.wait()
             await asyncio.sleep(LOOK_AFTER_S)
+            findings, self._unseen, lost, self._lost = self._unseen, [], self._lost, 0
+            self._any.clear()
+            if lost:
+                say(log, logging.WARNING, "more findings than can be remembered, they are not counted", lost=lost)
             try:
                 seen = await asyncio.to_thread(self._comparer.look, findings)
             except (ColoError, OSError) as e:

@@ -74,6 +74,10 @@ class Hooks:
             await asyncio.to_thread(plane.attach, spec)
             say(log, logging.INFO, "attached", pair=pair.name, nic=nic.number, vif=nic.vif, fwd=nic.fwd)
 
+    def check_loaded(self) -> None:
+        """Raises ServiceError while pairs can neither be attached nor detached."""
+        self._loaded()
+
     def settled(self) -> None:
         """All pairs are attached."""
         self._loaded().settled()

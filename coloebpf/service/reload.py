@@ -20,7 +20,8 @@ log = logging.getLogger("coloebpf.reload")
 async def apply(service: Service, new: Config) -> None:
     """Raises ServiceError, and has changed nothing, if a protected pair would have to go or to begin anew.
 
-    Likewise PkiError if the link's certificates, which it takes anew, are no good.
+    Likewise PkiError if the link's certificates, which it takes anew, are no good. A ColoError of what fails later
+    leaves `service.config` with what is served then.
 
     What only a restart of the service can change stays as it is, and is said.
     """
@@ -28,24 +29,30 @@ async def apply(service: Service, new: Config) -> None:
     anew = [one for one in change.changed if one.restart]
     for pair in (*change.removed, *(one.old for one in anew)):
         _check_idle(service, pair, anew)
+    begun = [*change.added, *(one.new for one in anew)]
+    if begun or change.removed:
+        service.hooks.check_loaded()
     service.renew_certificates()
     new = _kept(service.config, new, change)
-    for pair in change.removed:
-        await _end(service, pair)
-    for one in anew:
-        await _end(service, one.old)
-    for one in change.changed:
-        if not one.restart:
-            await _live(service, one)
-    begun = [*change.added, *(one.new for one in anew)]
-    service.config = new
-    for pair in begun:
-        await service.hooks.attach(pair)
-        await service.add(pair)
-    service.hooks.set_timeouts(new.pairs)
-    service.watch()
-    if service.link is not None and (begun or change.removed):
-        service.link.begin_anew("the pairs have changed")  # the other side hears of them in a hello
+    try:
+        for pair in change.removed:
+            await _end(service, pair)
+        for one in anew:
+            await _end(service, one.old)
+        for one in change.changed:
+            if not one.restart:
+                await _live(service, one)
+        service.config = new
+        for pair in begun:
+            await service.hooks.attach(pair)
+            await service.add(pair)
+        service.hooks.set_timeouts(new.pairs)
+    finally:
+        # Only what is served now, so that the next reload does what this one could not.
+        service.config = replace(new, pairs=tuple(pair.config for pair in service.all()))
+        service.watch()
+        if service.link is not None and (begun or change.removed):
+            service.link.begin_anew("the pairs have changed")  # the other side hears of them in a hello
     say(
         log, logging.INFO, "configuration is reloaded", unchanged=len(change.unchanged), changed=len(change.changed),
         added=len(change.added), removed=len(change.removed),
