@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from coloebpf.errors import EngineError
 from coloebpf.model import State
 from coloebpf.service.engine import Committed, DomainGone, EngineEvent, Failed, Ready, SecondaryGone, Suspended
 from coloebpf.service.engines import qemu_filling, qemu_primary
+from coloebpf.service.engines.qemu_mirror import Mirrors
+from coloebpf.service.engines.qmp import Qmp
 from tests.service.qemu_rig import INDEX, Rig
 from tests.service.test_qemu_engine import Test, disk, play
 
@@ -271,6 +274,30 @@ def test_a_primary_service_that_ends_in_a_checkpoint_leaves_a_running_pvm(play: 
         await rig.primary.request_checkpoint()
         before = len(rig.heard)
         await rig.until(lambda: Committed in kinds(rig, "a", before), "a commit")
+
+    play(test)
+
+
+def test_a_connection_to_the_pvm_that_came_to_nothing_is_not_in_the_way(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU's monitor serves one client at a time."""
+    adopt = Mirrors.adopt
+    tries: list[Qmp] = []  # kept, so that none is closed by being forgotten
+
+    async def first_fails(mirrors: Mirrors, qmp: Qmp) -> bool:
+        tries.append(qmp)
+        if len(tries) == 1:
+            raise EngineError("no answer")
+        return await adopt(mirrors, qmp)
+
+    async def test(rig: Rig) -> None:
+        await rig.primary.stop()
+        monkeypatch.setattr(Mirrors, "adopt", first_fails)
+        rig.primary = rig.make_primary()
+        await rig.primary.start()
+        await rig.until(lambda: rig.primary.pvm is not None, "the PVM")
+        assert len(tries) == 2
 
     play(test)
 

@@ -235,6 +235,20 @@ class QemuPrimary:
             return
         pvm = Qmp(f"the QEMU of {self._vms.name}", self._event, self._gone)
         await pvm.connect(path)
+        try:
+            followed = await self._take_up(pvm)
+        except BaseException as e:
+            await pvm.close()  # its monitor serves one client at a time: the next try
+            if isinstance(e, TimeoutError):
+                raise EngineError(f"{pvm.name} does not end the copies of its disks") from e
+            raise
+        self.pvm = pvm
+        self._emit(Ready())
+        if self._state() in REPLICATED and not followed:
+            self._emit(Failed("the guest's disks are not copied any more", fatal=True))
+
+    async def _take_up(self, pvm: Qmp) -> bool:
+        """Goes on where another service was. False: the disks are not copied any more. Raises EngineError, TimeoutError."""
         # A service that was killed in the middle of a checkpoint may have left it so. An unprotected guest that stands
         # still does so by an operator's will.
         followed = await self._mirrors.adopt(pvm)
@@ -243,10 +257,7 @@ class QemuPrimary:
                 await self._mirrors.end(pvm)  # nobody knows whether the secondary has closed the disks
                 followed = False
             await self._go_on(pvm)
-        self.pvm = pvm
-        self._emit(Ready())
-        if self._state() in REPLICATED and not followed:
-            self._emit(Failed("the guest's disks are not copied any more", fatal=True))
+        return followed
 
     async def _mirror(self, host: str, port: int) -> None:
         if self.pvm is None or not self._mirrors.due:
