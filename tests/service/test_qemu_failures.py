@@ -16,6 +16,7 @@ from coloebpf.model import State
 from coloebpf.service.engine import Committed, DomainGone, EngineEvent, Failed, Ready, SecondaryGone, Suspended
 from coloebpf.service.engines import qemu_filling, qemu_primary
 from coloebpf.service.engines.qemu_mirror import Mirrors
+from coloebpf.service.engines.qemu_primary import QemuPrimary
 from coloebpf.service.engines.qmp import Qmp
 from tests.service.qemu_rig import INDEX, Rig
 from tests.service.test_qemu_engine import Test, disk, play
@@ -255,6 +256,29 @@ def test_a_pvm_that_hangs_fails_the_checkpoint(play: Play) -> None:
     play(test)
 
 
+def test_a_pvm_that_was_not_let_go_on_is_tried_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    cont, tries = QemuPrimary._cont, 0
+
+    async def fails_twice(pvm: Qmp) -> None:
+        """In the checkpoint, and when that is undone."""
+        nonlocal tries
+        tries += 1
+        if tries <= 2:
+            raise EngineError("no answer")
+        await cont(pvm)
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        before = len(rig.heard)
+        monkeypatch.setattr(QemuPrimary, "_cont", staticmethod(fails_twice))
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: Failed in kinds(rig, "a", before), "the failure")
+        await rig.until(lambda: rig.primary.filled, "the next copy")
+        await goes_on(rig)
+
+    play(test)
+
+
 @pytest.mark.parametrize("step", ["switched", "Suspended", "whole"])
 def test_a_primary_service_that_ends_in_a_checkpoint_leaves_a_running_pvm(play: Play, step: str) -> None:
     """As far as it is in its power; what is left standing the next service lets go on."""
@@ -361,8 +385,10 @@ def test_the_end_of_a_protection_ends_the_svm(play: Play) -> None:
     async def test(rig: Rig) -> None:
         await protected(rig)
         rig.state = State.UNPROTECTED
+        before = len(rig.heard)
         rig.vifs.end()
         await rig.until(lambda: not rig.qemus(), "the QEMUs of the secondary to end")
         assert await rig.pvm_status() == "running"
+        await rig.until(lambda: kinds(rig, "a", before) == [Ready], "the word that another can begin")
 
     play(test)

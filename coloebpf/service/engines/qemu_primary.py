@@ -49,6 +49,7 @@ CONT_S = 1.0  # for QEMU to be done with a migration that has completed
 NOT_YET = "Migration is not finalized yet"  # QEMU's words for that
 CUT_S = 1.0  # for the secondary: one command; the PVM stands still meanwhile
 UNDO_S = 1.0
+RELEASE_S = 5.0  # for each later try to let the PVM go on
 STOPPED = ("paused", "postmigrate", "finish-migrate")  # what a checkpoint may leave behind
 
 logger = logging.getLogger("coloebpf.qemu")
@@ -87,6 +88,11 @@ class Copy:
                 future.set_exception(EngineError(reason))
                 future.exception()  # nobody need look at it
 
+    @property
+    def cut_open(self) -> bool:
+        """Nobody knows here whether the secondary has closed the disks."""
+        return self.cutting and (not self.cut.done() or self.cut.exception() is not None)
+
     @staticmethod
     def came(future: asyncio.Future[None]) -> None:
         """It has happened."""
@@ -118,6 +124,7 @@ class QemuPrimary:
         self._mirroring: asyncio.Task[None] | None = None
         self._stopped = False
         self._asked_s = 0.0
+        self._owed: Copy | None = None  # has come to nothing, and the PVM may stand still for it
         self._heard = 0  # number of the last standby that was offered; 0: none was
 
     # ---- coloebpf.service.engine.Engine ----------------------------------------------------------------------------
@@ -213,12 +220,15 @@ class QemuPrimary:
             if self.pvm is None:
                 with contextlib.suppress(EngineError):
                     await self._connect()
+            if self._owed is not None and self._working is None and self.pvm is not None:
+                await self._settle_up(self._owed, self.pvm)
             wanted = self._state() in WANTED
             if not wanted and self._asked:
                 self._requested = self._asked = False
                 await self._give_up("the protection has ended")
                 if self.pvm is not None:
                     await self._end_mirrors(self.pvm)
+                    self._emit(Ready())  # for the next protection: after a fatal failure nobody expects it
             now = asyncio.get_running_loop().time()
             if wanted and self._standby is None and self.copy is None and now - self._asked_s > ASK_S:
                 self._asked_s = now
@@ -242,13 +252,16 @@ class QemuPrimary:
             if isinstance(e, TimeoutError):
                 raise EngineError(f"{pvm.name} does not end the copies of its disks") from e
             raise
-        self.pvm = pvm
+        self.pvm, self._owed = pvm, None
         self._emit(Ready())
         if self._state() in REPLICATED and not followed:
             self._emit(Failed("the guest's disks are not copied any more", fatal=True))
 
     async def _take_up(self, pvm: Qmp) -> bool:
-        """Goes on where another service was. False: the disks are not copied any more. Raises EngineError, TimeoutError."""
+        """Goes on where another service was. False: the disks are not copied any more.
+
+        Raises EngineError, and TimeoutError if the copies of disks don't end.
+        """
         # A service that was killed in the middle of a checkpoint may have left it so. An unprotected guest that stands
         # still does so by an operator's will.
         followed = await self._mirrors.adopt(pvm)
@@ -338,7 +351,9 @@ class QemuPrimary:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if not (self._asked and self._mirrors.ready and self.pvm is not None and self._standby is not None):
+            if not self._asked or not self._mirrors.ready or self._owed is not None:
+                continue
+            if self.pvm is None or self._standby is None:
                 continue
             standby, self._standby = self._standby, None
             self.copy = Copy(standby)
@@ -470,17 +485,33 @@ class QemuPrimary:
             copy.relay.close()
         try:
             async with asyncio.timeout(UNDO_S):
-                await pvm.do("migrate_cancel")
-                while (await progress(pvm)).status in (*RUNNING, "cancelling"):
-                    await asyncio.sleep(0.01)
-                if copy.cutting and (not copy.cut.done() or copy.cut.exception()):
-                    # Its next writes must not get into a layer that an SVM may already stand on.
-                    await self._mirrors.end(pvm)
-                    self._mirrors.broken = "a checkpoint broke off at the disks"
-                self._suspend(copy)
-                await self._go_on(pvm)
+                await self._release(copy, pvm)
         except (EngineError, TimeoutError) as e:
             say(logger, logging.WARNING, "the PVM's QEMU does not answer", pair=self._vms.name, error=e, after=reason)
+            self._owed = copy
+        if copy.cut_open:
+            self._mirrors.broken = "a checkpoint broke off at the disks"
+
+    async def _release(self, copy: Copy, pvm: Qmp) -> None:
+        """Raises EngineError if it does not go on; to be tried again then."""
+        await pvm.do("migrate_cancel")
+        while (await progress(pvm)).status in (*RUNNING, "cancelling"):
+            await asyncio.sleep(0.01)
+        if copy.cut_open:
+            await self._mirrors.end(pvm)  # its next writes must not get into a layer that an SVM may already stand on
+        self._suspend(copy)
+        await self._go_on(pvm)
+
+    async def _settle_up(self, copy: Copy, pvm: Qmp) -> None:
+        """Another try, after that of _undo()."""
+        try:
+            async with asyncio.timeout(RELEASE_S):
+                await self._release(copy, pvm)
+        except (EngineError, TimeoutError) as e:
+            say(logger, logging.WARNING, "the PVM may stand still", pair=self._vms.name, error=e)
+            return
+        self._owed = None
+        self._wake.set()
 
     async def _give_up(self, reason: str) -> None:
         if self.copy is not None:
