@@ -58,7 +58,6 @@ class Processes:
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.socket(name).unlink(missing_ok=True)
         child = await asyncio.to_thread(self._spawn, name, argv)
-        self._record(name).write_text(json.dumps({"pid": child.pid, "since": _since(child.pid)}))
         process = self._process(name, child.pid, child)
         try:
             async with asyncio.timeout(START_S):
@@ -117,11 +116,14 @@ class Processes:
     def _spawn(self, name: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         with self._log(name).open("wb") as log:
             try:
-                return subprocess.Popen(
+                child = subprocess.Popen(
                     argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=self.home
                 )
             except OSError as e:
                 raise EngineError(f"{argv[0]} can't be run: {e.strerror}") from e
+        # Here, as whoever waits for the thread may be cancelled: the next service finds it all the same.
+        self._record(name).write_text(json.dumps({"pid": child.pid, "since": _since(child.pid)}))
+        return child
 
     def _process(self, name: str, pid: int, child: subprocess.Popen[bytes] | None = None) -> Process:
         def event(what: str, data: Mapping[str, Any]) -> None:

@@ -192,6 +192,8 @@ class QemuSecondary:
         while True:
             state = self._pair().state
             pause = TEND_S
+            if state is State.SYNCING:
+                self._mine = False  # whoever was the guest here: another protection begins
             ready = self._disks.there or not self._vms.config.disks
             if state in WANTED and ready and not self._mine and self.standby is None:
                 try:
@@ -233,6 +235,8 @@ class QemuSecondary:
     async def _start_standby(self) -> None:
         if self._leaving:
             await asyncio.wait(self._leaving)
+        if self._mine:
+            return
         slot = next(slot for slot in SLOTS if self.svm is None or slot != self.svm.slot)
         self._vms.note_guest(None)
         if slot == 0 and self.svm is None and self._vms.config.qmp.exists():
@@ -246,6 +250,9 @@ class QemuSecondary:
         except EngineError:
             await self._vms.end(vm)
             raise
+        if self._mine:  # a failover came meanwhile
+            await self._vms.end(vm)
+            return
         self.standby = Standby(vm, next(self._numbers))
         self._offer()
 
