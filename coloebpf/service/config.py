@@ -196,7 +196,7 @@ class PairConfig:
         keys.choice("libxl-colo", "qemu", "model"), "what makes the checkpoints", shown="libxl-colo"
     )
     arbiter: Literal["none", "etcd", "command"] = setting(
-        keys.choice("none", "etcd", "command"), "who says which host goes on alone", "none", shown="etcd"
+        keys.choice("none", "etcd", "command"), "who says which host goes on alone", "none", shown="command"
     )
     on_service_loss: Literal["hold", "open"] = setting(
         keys.choice("hold", "open"),

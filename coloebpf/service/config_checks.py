@@ -36,6 +36,10 @@ def check(config: Config, reader: Reader) -> None:
     for at, pair in pairs:
         _times(reader, at, pair)
         _engine(reader, at, pair)
+        if pair.engine == "libxl-colo" and pair.arbiter == "etcd":
+            # libxl goes on copying a halted PVM over the promoted SVM for as long as its host and xl live.
+            why = 'must be "command" or "none" with engine libxl-colo: only an end of that host ends libxl there'
+            reader.wrong(f"{at}.arbiter", "is etcd", why)
         if pair.on_service_loss == "open" and pair.arbiter != "none":
             why = 'must be "hold" with an arbiter: without this host\'s service the other one takes over'
             reader.wrong(f"{at}.on_service_loss", "is open", why)

@@ -90,6 +90,14 @@ class Engine(Protocol):
         """Lets go of everything that is this engine's; the guest goes on. Tells nothing afterwards."""
 
 
+@runtime_checkable
+class Inquiring(Protocol):
+    """An engine that hears nothing of its guest before it is ready, and can ask."""
+
+    async def guest_lives(self) -> bool:
+        """Whether this host's own guest is still there. Raises EngineError if nobody can say."""
+
+
 Say = Callable[[str, int, str], object]  # a word, a number, more words: to the other host's engine, if there is a link
 
 

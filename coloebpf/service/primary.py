@@ -21,6 +21,7 @@ from coloebpf.service.engine import (
     Engine,
     EngineEvent,
     Failed,
+    Inquiring,
     Ready,
     SecondaryGone,
     Suspended,
@@ -50,6 +51,25 @@ class Primary(Parting):
         self.ledger.begin(self.out.clock())
         self._told = self._confirmed = self.machine.state is State.LOCKSTEP
         self._recorded = self.machine.state in REPLICATED
+        if self._recorded:
+            self.spawn(self._await_engine())
+
+    async def _await_engine(self) -> None:
+        """Without an engine nothing can be asked for, so no checkpoint is ever overdue."""
+        await asyncio.sleep(self.config.commit_timeout_ms / 1000)
+        if self.engine_ready or self.machine.state not in REPLICATED:
+            return
+        reason = f"the engine has not come back in {self.config.commit_timeout_ms} ms"
+        try:
+            lives = not isinstance(self.engine, Inquiring) or await self.engine.guest_lives()
+        except EngineError as e:
+            lives, reason = True, f"{reason}, and nobody can say whether the guest lives: {e}"
+        if self.engine_ready:
+            return
+        if lives:
+            self.secondary_gone(reason)
+        else:
+            self.engine_event(DomainGone(f"{reason}, and the guest is gone"))
 
     def tick(self) -> None:
         """See Supervisor. A service that stood still for too long makes the SVM a replica anew, as at its start."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coloebpf.control import PairState
+from coloebpf.errors import EngineError
 from coloebpf.model import Role, State
 from coloebpf.service.arbiters.base import Arbiter, Grant, Protected, Refusal
 from coloebpf.service.comparer import Finding
@@ -165,6 +166,8 @@ class World:
         self._session = 0
         self.lose: Callable[[Message], bool] = lambda message: False
         self.on_touch: Callable[[], None] = lambda: None
+        self.comes_back = True  # an engine whose service is started anew
+        self.guest: bool | EngineError = True  # whether the PVM lives, for an engine that has to ask
         self.spawned: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
         usual: dict[str, Any] = {"name": "web", "number": 3, "engine": "model", "nics": (), "interval_min_ms": 0, "periodic_interval_ms": 10}  # fmt: skip
@@ -301,6 +304,17 @@ class StoryEngine(ModelEngine):
     def __init__(self, host: str, world: World, emit: Emit, *, signals_suspended: bool) -> None:
         super().__init__(emit, 0.0, signals_suspended=signals_suspended)
         self._host, self._world = host, world
+
+    async def start(self) -> None:
+        if self._world.comes_back:
+            await super().start()
+        else:
+            self._running = True
+
+    async def guest_lives(self) -> bool:
+        if isinstance(self._world.guest, EngineError):
+            raise self._world.guest
+        return self._world.guest
 
     async def request_checkpoint(self) -> None:
         self._world.story.append(f"{self._host} request")

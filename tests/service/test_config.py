@@ -21,6 +21,8 @@ name = "a"
 name = "b"
 listen = "192.0.2.1:7788"
 connect = "192.0.2.2:7788"
+[arbiter.command]
+fence = ["/usr/sbin/fence", "b"]
 [arbiter.etcd]
 endpoints = ["http://127.0.0.1:2379/", "http://127.0.0.2:2379"]
 [[pair]]
@@ -28,7 +30,7 @@ name = "web"
 number = 0
 role = "primary"
 engine = "libxl-colo"
-arbiter = "etcd"
+arbiter = "command"
   [[pair.nic]]
   number = 0
   vif = "vif1.0"
@@ -77,8 +79,9 @@ def test_what_a_file_reads_as() -> None:
     assert (config.peer.listen, config.peer.heartbeat_timeout_ms) == (("192.0.2.1", 7788), 200)
     assert config.arbiter.etcd is not None
     assert config.arbiter.etcd.endpoints == ("http://127.0.0.1:2379", "http://127.0.0.2:2379")
-    assert config.arbiter.command is None
-    assert (web.role, web.engine, web.arbiter, web.interval_max_ms) == (Role.PRIMARY, "libxl-colo", "etcd", 4000)
+    assert config.arbiter.command is not None
+    assert config.arbiter.command.fence == ("/usr/sbin/fence", "b")
+    assert (web.role, web.engine, web.arbiter, web.interval_max_ms) == (Role.PRIMARY, "libxl-colo", "command", 4000)
     assert web.exempts == (Exemption(protocol=17, guest_port=123, nic=1),)
     assert (mail.arbiter, mail.on_service_loss, mail.model, mail.libxl_colo) == ("none", "hold", ModelConfig(), None)
     assert web.nics[0].spec(web) == NicSpec(0, 0, Role.PRIMARY, "vif1.0", "fwd0", 7, "02:c0:10:00:00:01")
@@ -145,7 +148,8 @@ def test_what_a_file_reads_as() -> None:
         ([("127.0.0.1:9000", "[::1]:9000")], "pair[0].libxl_colo.listen", "is [::1]:9000", "IPv4"),
         ([("127.0.0.1:9000", "127.0.0.1:9877")], "pair[0].libxl_colo.listen", "as host.metrics_listen is", "port of its own"),
         ([("  nic = 1", "  nic = 2")], "pair[0].exempt[0].nic", "is 2", "one of this pair's NICs: 0, 1"),
-        ([('"etcd"', '"command"')], "arbiter.command", "is missing", 'pair[0].arbiter = "command" needs it'),
+        ([('[arbiter.command]\nfence = ["/usr/sbin/fence", "b"]\n', "")], "arbiter.command", "is missing", 'pair[0].arbiter = "command" needs it'),
+        ([('"command"', '"etcd"')], "pair[0].arbiter", "is etcd", "only an end of that host ends libxl there"),
         ([('[peer]\nname = "b"\nlisten = "192.0.2.1:7788"\nconnect = "192.0.2.2:7788"\n', "")], "peer", "is missing", "two hosts"),
         ([('name = "b"', 'name = "a"')], "peer.name", "is a, as host.name is", "different names"),
         ([("192.0.2.2:7788", "192.0.2.1:7788")], "peer.connect", "as peer.listen is", "other host's"),
@@ -263,7 +267,8 @@ def test_pairs_that_come_and_go() -> None:
         (('name = "a"', 'name = "a"\nlog_level = "debug"'), (), ("host.log_level",)),
         (('name = "a"', 'name = "a2"'), ("host.name",), ()),
         (("192.0.2.2:7788", "192.0.2.3:7788"), ("peer.connect",), ()),
-        (("[arbiter.etcd]", '[arbiter.command]\nfence = ["x"]\n[arbiter.etcd]\nlease_s = 3'), ("arbiter.etcd.lease_s", "arbiter.command"), ()),
+        (('["/usr/sbin/fence", "b"]\n[arbiter.etcd]\nendpoints = ["http://127.0.0.1:2379/", "http://127.0.0.2:2379"]', '["x"]'), ("arbiter.etcd", "arbiter.command.fence"), ()),
+        (("[arbiter.etcd]", "[arbiter.etcd]\nlease_s = 3"), ("arbiter.etcd.lease_s",), ()),
     ],
 )  # fmt: skip
 def test_changes_outside_the_pairs(edit: tuple[str, str], service: tuple[str, ...], live: tuple[str, ...]) -> None:

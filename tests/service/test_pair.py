@@ -10,9 +10,10 @@ from itertools import pairwise
 
 import pytest
 
-from coloebpf.errors import ArbiterError, PairError
+from coloebpf.errors import ArbiterError, EngineError, PairError
 from coloebpf.model import Role, State
 from coloebpf.service.arbiters.base import Grant, Refusal
+from coloebpf.service.engine import Ready
 from coloebpf.service.engines.model import Step
 from coloebpf.service.peer.messages import Committed, Message, PairNote, Prepare, Prepared, StateNote
 from tests.service.pair_world import (
@@ -937,6 +938,41 @@ def test_a_restart_in_a_checkpoint(careful: bool) -> None:
         assert world.p.engine.commits == 1
 
     play(test, careful=careful)
+
+
+@pytest.mark.parametrize(
+    ("guest", "states"),
+    [(True, (PASSTHROUGH, HALTED)), (False, (HALTED, PROMOTED)), (EngineError("no toolstack"), (PASSTHROUGH, HALTED))],
+)
+def test_an_engine_that_does_not_come_back_after_a_restart(
+    guest: bool | EngineError, states: tuple[State, State]
+) -> None:
+    """Nothing could be asked of it, so what differs would wait for ever."""
+
+    async def test(world: World) -> None:
+        await world.protected()
+        world.comes_back, world.guest = False, guest
+        await world.restart(P)
+        world.connect()
+        await world.settle()
+        assert (world.p.state, world.s.state) == (LOCKSTEP, LOCKSTEP), "it may take its time"
+        await world.states(*states)
+        assert world.arbiter.asked == []
+
+    play(test, commit_timeout_ms=100, promotes=False)
+
+
+def test_an_engine_that_comes_back_late_after_a_restart() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        world.comes_back = False
+        await world.restart(P)
+        world.connect()
+        world.primary.engine_event(Ready())
+        await asyncio.sleep(0.15)
+        assert (world.p.state, world.s.state) == (LOCKSTEP, LOCKSTEP)
+
+    play(test, commit_timeout_ms=100)
 
 
 def test_a_restart_where_everything_may_have_passed_meanwhile() -> None:

@@ -133,6 +133,10 @@ class LibxlColoEngine:
         self._given_up = True
         self._say(logging.WARNING, "gave up the secondary; `xl remus` ends when its channel to the secondary breaks")
 
+    async def guest_lives(self) -> bool:
+        """See Inquiring. Without a connection that was kept, libxl has seen EOF and never comes back."""
+        return await self._domain_alive()
+
     async def stop(self) -> None:
         """Lets go of port and connection. In systemd's store the connection stays open, and libxl notices nothing."""
         self._stopped = True
