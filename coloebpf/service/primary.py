@@ -60,8 +60,11 @@ class Primary(Parting):
         if self.engine_ready or self.machine.state not in REPLICATED:
             return
         reason = f"the engine has not come back in {self.config.commit_timeout_ms} ms"
+        if not isinstance(self.engine, Inquiring):  # without the PVM the SVM is all that is left of the guest
+            self.say(logging.ERROR, "nobody can ask for checkpoints: unprotect the pair, or fail over", reason=reason)
+            return
         try:
-            lives = not isinstance(self.engine, Inquiring) or await self.engine.guest_lives()
+            lives = await self.engine.guest_lives()
         except EngineError as e:
             lives, reason = True, f"{reason}, and nobody can say whether the guest lives: {e}"
         if self.engine_ready:

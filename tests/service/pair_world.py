@@ -194,7 +194,7 @@ class World:
         witness, engines = FakeWitness(), list[ModelEngine]()
 
         def make_engine(emit: Emit) -> Engine:
-            engines.append(StoryEngine(host, self, emit, signals_suspended=not self._careful))
+            engines.append(AskingEngine(host, self, emit, signals_suspended=not self._careful))
             return engines[0]
 
         def send(message: Message) -> bool:
@@ -311,11 +311,6 @@ class StoryEngine(ModelEngine):
         else:
             self._running = True
 
-    async def guest_lives(self) -> bool:
-        if isinstance(self._world.guest, EngineError):
-            raise self._world.guest
-        return self._world.guest
-
     async def request_checkpoint(self) -> None:
         self._world.story.append(f"{self._host} request")
         await super().request_checkpoint()
@@ -324,6 +319,15 @@ class StoryEngine(ModelEngine):
     async def failover(self) -> None:
         self._world.story.append(f"{self._host} failover")
         await super().failover()
+
+
+class AskingEngine(StoryEngine):
+    """Can ask for its guest, as libxl's can."""
+
+    async def guest_lives(self) -> bool:
+        if isinstance(self._world.guest, EngineError):
+            raise self._world.guest
+        return self._world.guest
 
 
 def play(test: Callable[[World], Awaitable[None]], **how: Any) -> None:

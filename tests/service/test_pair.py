@@ -26,6 +26,7 @@ from tests.service.pair_world import (
     UNPROTECTED,
     P,
     S,
+    StoryEngine,
     World,
     play,
 )
@@ -960,6 +961,24 @@ def test_an_engine_that_does_not_come_back_after_a_restart(
         assert world.arbiter.asked == []
 
     play(test, commit_timeout_ms=100, promotes=False)
+
+
+def test_an_engine_that_can_not_ask_for_its_guest_keeps_the_secondary(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The PVM may be gone, and then the SVM is all that is left of the guest."""
+    monkeypatch.setattr("tests.service.pair_world.AskingEngine", StoryEngine)
+
+    async def test(world: World) -> None:
+        await world.protected()
+        world.comes_back = False
+        await world.restart(P)
+        world.connect()
+        await asyncio.sleep(0.15)
+        assert (world.p.state, world.s.state) == (LOCKSTEP, LOCKSTEP)
+        assert "nobody can ask for checkpoints" in caplog.text
+
+    play(test, commit_timeout_ms=100)
 
 
 def test_an_engine_that_comes_back_late_after_a_restart() -> None:
