@@ -26,7 +26,7 @@ PAIR, NIC = 1, 1
 @pytest.fixture
 def vifs(rig: Rig) -> Iterator[Vifs]:
     """The secondary's NIC with a second vif."""
-    subprocess.run(["ip", "tuntap", "add", "standby1", "mode", "tap"], check=True)
+    subprocess.run(["ip", "link", "add", "standby1", "type", "veth", "peer", "name", "standby1p"], check=True)
     subprocess.run(["ip", "link", "set", "standby1", "up"], check=True)
     rig.ifindex["standby1"] = socket.if_nametoindex("standby1")
     rig.plane.attach(SPEC, rps=False)
