@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,31 @@ def choose(rows: Iterable[tuple[object, ...]], few: Iterable[tuple[object, ...]]
     return list(rows) if FULL else list(few)
 
 
-@pytest.fixture(scope="module", params=MTUS)
-def lab(make_module_lab: LabMaker, request: pytest.FixtureRequest) -> Iterator[Lab]:
-    lab = make_module_lab(guests="process", mtu=request.param)
+@pytest.fixture(scope="module")
+def labs(make_module_lab: LabMaker) -> Iterator[Callable[[int], Lab]]:
+    """One lab for each MTU, made when it is first asked for: they take longer to make than most tests here."""
+    found: dict[int, Lab] = {}
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def of_mtu(mtu: int) -> Lab:
+        if mtu not in found:
+            found[mtu] = make_module_lab(guests="process", mtu=mtu)
+            servers.extend(serve(found[mtu]))
+        return found[mtu]
+
+    yield of_mtu
+    for server in servers:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(params=MTUS)
+def lab(labs: Callable[[int], Lab], request: pytest.FixtureRequest) -> Lab:
+    return labs(request.param)
+
+
+def serve(lab: Lab) -> list[subprocess.Popen[bytes]]:
+    """Starts the same servers in both guests. Both listen then: with only one a client would get two different answers, and so none."""
     servers = []
     for guest in GUESTS:
         with inside(lab.plan.namespace(guest)):
@@ -59,14 +81,11 @@ def lab(make_module_lab: LabMaker, request: pytest.FixtureRequest) -> Iterator[L
                 subprocess.Popen([sys.executable, TRAFFIC, "serve"]),
                 subprocess.Popen([*redis.SERVER], stdout=subprocess.DEVNULL),
             ]
-    for guest in GUESTS:  # a client that comes while only one of them listens gets two different answers, and none
+    for guest in GUESTS:
         with inside(lab.plan.namespace(guest)):
             for port in (traffic.PORT, redis.PORT):
                 await_listener(port)
-    yield lab
-    for server in servers:
-        server.kill()
-        server.wait()
+    return servers
 
 
 def await_listener(port: int) -> None:

@@ -62,6 +62,9 @@ def test_the_pvm_dies_in_a_checkpoint(play: Play, step: str) -> None:
     play(test)
 
 
+@pytest.mark.xfail(
+    strict=False, reason="QEMU 7.2 of the PVM aborts now and then (bdrv_co_write_req_prepare): open, docs/qemu.md"
+)
 @pytest.mark.parametrize("step", ["switched", "Suspended", "cut"])
 def test_a_standby_dies_in_a_checkpoint(play: Play, step: str) -> None:
     """The old SVM goes on with its own disk, whatever layers there are by then."""
