@@ -16,6 +16,7 @@ from coloebpf.events import event_of
 from coloebpf.lab.plan import HOSTS, PAIR, LabPlan
 from coloebpf.model import EVENTS
 from coloebpf.netns import inside
+from tests.lab.fence import pass_all_cpus
 
 ETH_P_ALL = 3
 SOL_PACKET, PACKET_AUXDATA, PACKET_VNET_HDR = 263, 8, 15  # linux/if_packet.h
@@ -23,7 +24,7 @@ TAG_VALID = 0x10  # TP_STATUS_VLAN_VALID: the kernel keeps the outer tag beside 
 PACKET_OUTGOING = 4
 RECEIVE_BUFFER = 8 << 20  # bytes; a flush sends a thousand frames at once
 WAIT = 2.0  # seconds for something that must come; it takes well under a millisecond on an idle machine
-QUIET = 0.0015  # seconds without any change of a counter: nothing is on its way any more
+ROUNDS = 3  # passes over all CPUs without any change of a counter: bridge and veth are two steps that count nothing
 LONGEST = 70_000  # bytes of a frame, super-packets too
 NEVER = 1 << 62  # ns
 
@@ -132,13 +133,15 @@ class Wire:
         return found
 
     def settle(self) -> None:
-        """Wait until no counter of either host moves."""
-        before, deadline = self._all_counters(), time.monotonic() + WAIT
-        while time.monotonic() < deadline:
-            time.sleep(QUIET)
+        """Wait until no packet is on its way.
+
+        Each pass moves each packet one step on.
+        """
+        before, quiet, deadline = self._all_counters(), 0, time.monotonic() + WAIT
+        while quiet < ROUNDS and time.monotonic() < deadline:
+            pass_all_cpus()
             now = self._all_counters()
-            if now == before:
-                return
+            quiet = quiet + 1 if now == before else 0
             before = now
 
     def _all_counters(self) -> bytes:
