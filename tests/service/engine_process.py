@@ -2,8 +2,9 @@
 
     python -m tests.service.engine_process PORT STATE_FILE
 
-Commands on stdin: `ask`, `stop`. One line an event on stdout. STATE_FILE plays the dataplane's pinned state: "asked" is
-written before a request and removed after Committed, as the pair's Supervisor does it.
+Commands on stdin: `ask`, `stop`. One line an event on stdout, and one before and after each request. STATE_FILE plays
+the dataplane's pinned state: "asked" is written before a request and removed after Committed, as the pair's Supervisor
+does it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ async def run(port: int, state: Path) -> None:
         print(event, flush=True)
 
     # A busy test machine makes this process late; what that does is test_libxl_engine.py's, not this one's, matter.
-    patience_ns = 100_000_000
+    patience_ns = 10 * 10**9
     notifier = Notifier.from_environment()
     engine = LibxlColoEngine(PAIR, Role.PRIMARY, ("127.0.0.1", port), told, alive, notifier, late_ns=patience_ns)
     for kept in taken_back():
@@ -48,8 +49,10 @@ async def run(port: int, state: Path) -> None:
         if command == "stop":
             break
         state.write_text("asked")
+        print("asking", flush=True)
         try:
             await engine.request_checkpoint()
+            print("asked", flush=True)
         except EngineError as e:
             print("refused", e, flush=True)
     await engine.stop()

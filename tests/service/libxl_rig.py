@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from coloebpf.errors import EngineError
@@ -18,7 +19,7 @@ from coloebpf.service.engine import EngineEvent
 from coloebpf.service.engines.libxl_colo import LibxlColoEngine
 from coloebpf.service.fdstore import Notifier
 
-WAIT_S = 10.0  # for anything that a test waits for
+WAIT_S = 30.0  # for anything that a test waits for
 PATIENT_NS = 10**9  # `late_ns` of tests that are about something else, on a busy machine
 
 INIT = b"\0\0\0\x19COLO_USERSPACE_PROXY_INIT"
@@ -153,6 +154,13 @@ class LibxlProcess:
         while await self.line():
             pass
         return await self.process.wait()
+
+    async def forked(self) -> None:
+        """The child is there that waits for a request."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        async with asyncio.timeout(WAIT_S):
+            while not children.read_text():
+                await asyncio.sleep(0.01)
 
     def kill(self, whole: bool = True) -> None:
         """SIGKILL to it and, if `whole`, to the child that waits in it."""
