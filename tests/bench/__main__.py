@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from coloebpf.errors import ColoError
@@ -30,10 +31,11 @@ def measure(results: Results, quick: bool) -> None:
         feeder = Feeder(directory)
         plain = stack.enter_context(BenchLab("benchplain", None))
         lab = stack.enter_context(BenchLab("bench", bring_up))
-        suite = Suite(feeder, plain, lab, QUICK if quick else FULL)
+        new_lab = partial(BenchLab, "benchmany", bring_up)
+        suite = Suite(feeder, plain, lab, new_lab, QUICK if quick else FULL)
         results.floor_ns = suite.floor_ns
         _say("hooks alone")
-        results.test_runs += TestRuns(lab, directory, FRAMES_QUICK if quick else FRAMES).all()
+        results.test_runs += TestRuns(new_lab, directory, FRAMES_QUICK if quick else FRAMES).all()
         for workload in COMMON:
             _say(workload.name)
             results.throughput += suite.bridge(workload)
@@ -42,7 +44,7 @@ def measure(results: Results, quick: bool) -> None:
                 results.throughput.append(suite.lab(workload, order))
         for workload in MANY:
             _say(workload.name)
-            results.throughput.append(suite.lab(workload, LOCK_STEP))
+            results.throughput.append(suite.many(workload, LOCK_STEP))
         for workload in LATENCY:
             for pace in PACES:
                 _say(f"latency: {workload.name}, {pace.name}")

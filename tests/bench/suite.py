@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,9 @@ PEER_WINDOWS = (
 COMPARING = ("P2", "P4")  # the hooks that do what colo-compare does
 
 
+NewLab = Callable[[], AbstractContextManager[BenchLab]]
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long each run measures, and how many runs make a row."""
@@ -40,12 +44,12 @@ QUICK = Effort(0.7, 1)
 class Suite:
     """Both topologies are up all the time and take turns, so that a change of the machine's mood favours none."""
 
-    def __init__(self, feeder: Feeder, plain: BenchLab, lab: BenchLab, effort: Effort) -> None:
+    def __init__(self, feeder: Feeder, plain: BenchLab, lab: BenchLab, new_lab: NewLab, effort: Effort) -> None:
         """`plain` has no programs."""
         self._feeder = feeder
         self._plain = plain
         self._lab = lab
-        self._programs = {**lab.programs("primary"), **lab.programs("secondary")}
+        self._new_lab = new_lab
         self._effort = effort
         self.floor_ns = progstats.floor_ns()
 
@@ -71,11 +75,18 @@ class Suite:
 
     def lab(self, workload: Workload, order: Order) -> Throughput:
         """Through the lab: rates without the kernel's accounting on, the hooks' CPU with it."""
+        return self._through(lambda: nullcontext(self._lab), workload, order)
+
+    def many(self, workload: Workload, order: Order) -> Throughput:
+        """The same, each run in a lab of its own: connections stay in the flow table for days, and would fill it for the runs that follow."""
+        return self._through(self._new_lab, workload, order)
+
+    def _through(self, labs: NewLab, workload: Workload, order: Order) -> Throughput:
         runs: list[Run] = []
         for two_threads in (False, True):
-            runs += self._quiet(partial(self._closed, self._lab, workload, order, two_threads=two_threads))
+            runs += self._quiet(partial(self._closed_in, labs, workload, order, two_threads=two_threads))
         with progstats.counting():
-            metered = self._quiet(partial(self._closed, self._lab, workload, order, metered=True))
+            metered = self._quiet(partial(self._closed_in, labs, workload, order, metered=True))
         # A halted run has no figures of its own, but the row shows that it halted.
         measured = [run for run in metered if not run.stalled] or metered
         hooks = min((hooks_of(run, self.floor_ns) for run in measured), key=_comparing_ns)
@@ -99,6 +110,12 @@ class Suite:
     def _quiet(self, once: Callable[[], Run]) -> list[Run]:
         return quiet_runs(once, self._effort.repeat)
 
+    def _closed_in(self, labs: NewLab, workload: Workload, order: Order, **how: bool) -> Run:
+        with labs() as lab:
+            run = self._closed(lab, workload, order, **how)
+            lab.check()
+            return run
+
     def _closed(
         self,
         lab: BenchLab,
@@ -110,7 +127,7 @@ class Suite:
         metered: bool = False,
     ) -> Run:
         ports = lab.ports() if secondary else lab.ports().without_secondary()
-        meter = (lambda: progstats.meter(self._programs)) if metered else None
+        meter = partial(progstats.meter, {**lab.programs("primary"), **lab.programs("secondary")}) if metered else None
         return self._feeder.closed(
             ports, workload, order, seconds=self._effort.seconds, two_threads=two_threads, meter=meter
         )
