@@ -55,6 +55,7 @@
 #define HASH_ROUNDS 12u    /* of 128 bytes: the longest frame, 1,522 */
 #endif
 #define EMIT_STALE_NS 500000000ull /* half a second: a released packet that has not come back through the vif by then was dropped by the stack */
+#define WALK_PAUSE_NS 1000000000ull /* a second: from one walk without a service to the next (let_go() of bpf/upkeep.c) */
 #define MS 1000000ull
 #define SEC 1000000000ull
 #define IDLE_CLOSED (10 * SEC)    /* connection that ended: long enough for a retransmitted FIN */

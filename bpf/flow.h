@@ -298,8 +298,7 @@ static __always_inline void reclaim_some(u64 now)
 /* Makes a flow for `key`. False: the table is full (counted, told), or another CPU made it and lost it again in the meantime. */
 static __always_inline bool make_flow(const struct place *at, struct flow_key *key, struct flow_ref *ref, u64 now)
 {
-	u32 index, which = GAUGE_FLOW_TOP;
-	u64 *top = gauges.lookup(&which);
+	u32 index;
 
 	reclaim_some(now);
 	if (free_flows.pop(&index)) {
@@ -307,10 +306,8 @@ static __always_inline bool make_flow(const struct place *at, struct flow_key *k
 		return false;
 	}
 	struct flow *f = flows.lookup(&index);
-	if (!f || !top)
+	if (!f)
 		return false;
-	if (*top <= index)
-		*top = index + 1;
 	bpf_spin_lock(&f->lock);
 	u32 generation = f->generation + 1;
 	__builtin_memset(&f->flags, 0, sizeof(*f) - __builtin_offsetof(struct flow, flags));
@@ -321,6 +318,8 @@ static __always_inline bool make_flow(const struct place *at, struct flow_key *k
 	f->epoch = at->epoch;
 	f->p_head = f->p_tail = f->p_urgent = f->p_next = f->s_head = f->s_tail = f->frag_first = NONE;
 	bpf_spin_unlock(&f->lock);
+	if (generation == 1) /* places come off their stack in order: how many were ever used is the mark, and CPUs can add to it at once */
+		gauge_add(GAUGE_FLOW_TOP, 1);
 	ref->index = index;
 	ref->generation = generation;
 	if (!flow_refs.insert(key, ref)) {

@@ -91,6 +91,16 @@ static __always_inline s64 compare_timeout(const struct place *at)
 	return pair && pair->compare_timeout_ns ? pair->compare_timeout_ns : at->set->compare_timeout_ns;
 }
 
+/* Does a walk over what is held begin with this frame? Only without protection, and not with every one. */
+static __always_inline bool walk_due(const struct place *at)
+{
+	u64 now = bpf_ktime_get_coarse_ns(), *last = walks.lookup(&at->nic->id);
+	if (at->state != PASSTHROUGH || at->nic->role != ROLE_PRIMARY || !last || (*last && now - *last < WALK_PAUSE_NS))
+		return false;
+	*last = now; /* two CPUs at once begin two walks, which does no harm */
+	return true;
+}
+
 static __always_inline bool place_of_id(struct place *at, u32 id)
 {
 	return place_of(at, nic_by_id.lookup(&id));

@@ -46,7 +46,8 @@ int link_arrive(struct xdp_md *ctx)
 	struct place at;
 	if (!place_of_id(&at, *id))
 		return XDP_DROP;
-	if (note_beat(ctx, at.nic->id))
+	bool beat = note_beat(ctx, at.nic->id);
+	if (beat && !walk_due(&at))
 		return XDP_DROP;
 	if (bpf_xdp_adjust_meta(ctx, -(int)sizeof(struct arrival))) {
 		drop(&at, DROP_NO_METADATA);
@@ -58,6 +59,10 @@ int link_arrive(struct xdp_md *ctx)
 		return XDP_DROP;
 	__builtin_memset(a, 0, sizeof(*a));
 	a->nic = at.nic->id;
+	if (beat) {
+		a->type = ARRIVAL_BEAT;
+		return XDP_PASS;
+	}
 	xdp_stages.call(ctx, at.nic->role == ROLE_PRIMARY ? STAGE_P3 : STAGE_S1_XDP);
 	return XDP_DROP;
 unknown:;
@@ -76,6 +81,12 @@ int link_deliver(struct __sk_buff *skb)
 
 	if ((void *)(a + 1) > (void *)(long)skb->data)
 		return VERDICT_DROP;
+	if (a->type == ARRIVAL_BEAT) {
+		struct place at;
+		if (place_of_id(&at, a->nic))
+			send_walk(skb, &at, 0);
+		return VERDICT_DROP;
+	}
 	skb->cb[CB_READY] = 0;
 	tc_stages.call(skb, !a->type ? STAGE_S1 : a->type <= HELD_ACK ? STAGE_P4 : STAGE_P4_DATAGRAM); /* only P3 says what type of record it is */
 	return VERDICT_DROP;

@@ -33,6 +33,7 @@ BPF_TABLE_PINNED("array", u32, u32, vif_hints, VIF_HINTS, PIN_DIR "/vif_hints");
 BPF_TABLE_PINNED("array", u32, struct nic, nic_by_id, MAX_NICS, PIN_DIR "/nic_by_id");      /* loader -> fwd hooks, drain */
 BPF_TABLE_PINNED("array", u32, struct fwd_beat, fwd_beats, MAX_NICS, PIN_DIR "/fwd_beats"); /* control: cookies; XDP on fwd: the rest -> control */
 BPF_TABLE_PINNED("hash", struct link_key, u32, links, MAX_LINKS, PIN_DIR "/links");         /* loader -> XDP on fwd: which NIC (nic.id) */
+BPF_TABLE_PINNED("array", u32, u64, walks, MAX_NICS, PIN_DIR "/walks");                     /* P2, XDP on fwd: when the last walk without a service began */
 BPF_TABLE_PINNED("hash", struct flow_key, struct flow_ref, flow_refs, MAX_FLOWS, PIN_DIR "/flow_refs"); /* P2, P3, S1, S2 -> the same; sweep */
 BPF_TABLE_PINNED("array", u32, struct flow, flows, MAX_FLOWS, PIN_DIR "/flows", ALIGNED);            /* all programs, under each flow's lock */
 BIG_TABLE_PINNED(struct held_table, held, HELD_BYTES);                /* P2, P4, drain: under the flow's lock that a slot is linked in */
@@ -65,6 +66,7 @@ BPF_TABLE_PINNED("prog", u32, u32, xdp_stages, 4, PIN_DIR "/xdp_stages");       
 #define STAGE_PARTIAL 7
 #define STAGE_P4_DATAGRAM 8
 #define STAGE_ANSWER 9
+#define STAGE_LET_GO 10
 #define STAGE_P3 0 /* in xdp_stages */
 #define STAGE_S1_XDP 1
 

@@ -182,6 +182,10 @@ static __always_inline int come_back(struct __sk_buff *skb, const struct place *
 	struct held_table *t = held.lookup(&zero);
 	bool drains = false, stuck = false;
 
+	if (tag & TAG_WALK) {
+		tc_stages.call(skb, STAGE_LET_GO);
+		return VERDICT_DROP;
+	}
 	at->count->reentered++;
 	if (at->state == HALTED) { /* the right to speak ended while it was on its way */
 		drop(at, DROP_HALTED);
@@ -393,6 +397,8 @@ int p2_output(struct __sk_buff *skb)
 	if (policy == POLICY_PASS) {
 		give_slot(index);
 		at.count->policy_passed++;
+		if (p->class == CLASS_ARP && walk_due(&at)) /* has no checksum that could be open, so it can be a vessel for anything */
+			send_walk(skb, &at, 0);
 		return VERDICT_PASS;
 	}
 	if (is_exempt(at.nic, &p->key)) {

@@ -312,9 +312,10 @@ struct arrival {
 	u16 l4;
 	u16 payload;
 	u16 start; /* low bits of the fragment's identification; TCP: offset of a SACK option, or 0 */
-	u8 type; /* enum held_type */
+	u8 type; /* enum held_type, or ARRIVAL_BEAT */
 	u8 flags; /* HELD_FIN, HELD_LAST */
 };
+#define ARRIVAL_BEAT 255u /* no output, but a frame that starts a walk (let_go() of bpf/upkeep.c) */
 
 struct exempt_key {
 	u32 prefixlen; /* bits: 32 for the fields before `remote`, then the prefix's */

@@ -52,6 +52,54 @@ int flush(struct __sk_buff *skb)
 	return VERDICT_DROP;
 }
 
+/* Nobody runs the flush: the service is gone, and the pair goes on without protection (`on_service_loss = "open"`). What is held leaves with its flow's next
+ * packet; for flows that say nothing more one walk a second goes over the table, in the vif's backlog, on clones of a frame that is sure to have no open
+ * checksum: the peer's heartbeat, or the guest's ARP. */
+int let_go(struct __sk_buff *skb)
+{
+	u32 next = skb->mark & FLOW_MASK, index = 0, zero = 0;
+	u64 top = gauge(GAUGE_FLOW_TOP);
+	bool drains = false;
+	struct place at;
+
+	if (!place_of_vif(&at, skb->ifindex) || at.state != PASSTHROUGH)
+		return VERDICT_DROP;
+#pragma nounroll
+	for (int i = 0; i < SWEEP_BATCH; i++) {
+		if (next >= top || drains)
+			break;
+		index = next++;
+		struct flow *f = flows.lookup(&index);
+		if (!f || !(f->flags & FLOW_LIVE) || !f->p_count || f->key.nic != at.nic->id)
+			continue;
+		bpf_spin_lock(&f->lock);
+		if ((f->flags & FLOW_LIVE) && f->p_count) {
+			if (f->owner) {
+				f->work = 1;
+			} else {
+				f->owner = 1;
+				drains = true;
+			}
+		}
+		bpf_spin_unlock(&f->lock);
+	}
+	if (next < top)
+		send_walk(skb, &at, next);
+	struct flow *f = flows.lookup(&index);
+	struct scratch *notes = scratch.lookup(&zero);
+	if (drains && f && notes) {
+		notes->now = bpf_ktime_get_ns();
+		skb->cb[CB_FLOW] = index;
+		skb->cb[CB_MODE] = 0;
+		skb->cb[CB_OWN] = 0;
+		skb->cb[CB_STAGED] = 0;
+		skb->cb[CB_PARTIAL] = 0;
+		tc_stages.call(skb, STAGE_DRAIN);
+		give_up(&at, f, index);
+	}
+	return VERDICT_DROP;
+}
+
 /* A protection begins. Since the last one the PVM has sent what nobody looked at: the positions that the flow knows are of no use, and 2 GiB on they would
  * make new bytes look old. It begins anew with what comes next. */
 static __always_inline void forget_stream(struct flow *f)

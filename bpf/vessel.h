@@ -87,7 +87,8 @@ static __always_inline void note_timestamps(struct flow *f, const struct slot *s
 	}
 }
 
-#define TAG_GENERATION 0x7fffu
+#define TAG_GENERATION 0x3fffu
+#define TAG_WALK 0x4000u /* no released packet: its mark has the flow's number at which let_go() goes on */
 #define TAG_OPEN_SUM 0x8000u /* its checksum is still to be filled in by the kernel: what uses it as a vessel needs MODE_PARTIAL */
 
 /* A released packet carries its flow's number through the backlog in the mark, beside the bits that no other packet has, and some bits of the flow's
@@ -96,6 +97,17 @@ static __always_inline void put_tag(struct __sk_buff *skb, const struct place *a
 {
 	skb->mark = (at->set->mark & ~FLOW_MASK) | (index & FLOW_MASK);
 	skb->tc_index = (generation & TAG_GENERATION) | (open_sum ? TAG_OPEN_SUM : 0);
+}
+
+/* A clone of `skb` goes into the vif, where let_go() goes on with flow `next`. */
+static __always_inline void send_walk(struct __sk_buff *skb, const struct place *at, u32 next)
+{
+	skb->mark = (at->set->mark & ~FLOW_MASK) | (next & FLOW_MASK);
+	skb->tc_index = TAG_WALK;
+	if (bpf_clone_redirect(skb, at->nic->vif, BPF_F_INGRESS))
+		drop(at, DROP_EMIT);
+	skb->mark = 0;
+	skb->tc_index = 0;
 }
 
 /* Blanks out the PVM's SACK option if the SVM has not reported, or acknowledged, all of its blocks: the client takes them for received and would not

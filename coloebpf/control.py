@@ -26,7 +26,6 @@ COOKIE_BYTES = 16  # of a service, in its heartbeats
 FRAME = bytes(64)  # what flush and sweep are run on: a vessel to overwrite
 FLUSH_ROUNDS = 100_000  # flows a flush may touch before it says that something is wrong
 GAUGE_FLOW_TOP = 2  # bpf/maps.h
-TOP_SLACK = 256  # flows above that mark: CPUs that make flows at the same moment may leave the lower one's mark there
 PAIR_WORDS = 6  # of 8 bytes in struct pair (bpf/types.h)
 KEPT_EPOCH_WORD, COMPARE_TIMEOUT_WORD = 4, 5
 EXEMPT_FIELDS_BITS = 32  # of struct exempt_key before `remote`: a prefix of the trie covers them always
@@ -236,7 +235,6 @@ class Control:
         """
         top = ct.c_uint64()
         bpfsys.lookup(self.fd("gauges"), ct.c_uint32(GAUGE_FLOW_TOP), top)
-        top.value += TOP_SLACK
         here = start
         with self.shapes.path.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

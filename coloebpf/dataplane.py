@@ -38,6 +38,7 @@ TC_STAGES = (
     "partial",
     "p4_datagram",
     "answer",
+    "let_go",
 )
 XDP_STAGES = ("p3_arrive", "s1_arrive")
 STREAM_WORDS, DGRAM_WORDS, HASH_PAD = 512, 16384, 32  # of bpf/constants.h

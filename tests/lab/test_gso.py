@@ -272,6 +272,30 @@ def test_a_whole_checksum_that_looks_open(wire: Wire, talk: Talk) -> None:
     assert [Heard.of(frame).sums_hold() for frame in got] == [True] * len(got)
 
 
+@pytest.fixture
+def optional(wire: Wire) -> Talk:
+    """A conversation whose packets have an IP option: router alert."""
+    return Talk(wire, ip_options=b"\x94\x04\x00\x00")
+
+
+@pytest.mark.parametrize("first", ["pvm", "svm"])
+@pytest.mark.parametrize("udp", [True, False])
+def test_a_checksum_left_open_behind_ip_options(wire: Wire, optional: Talk, udp: bool, first: str) -> None:
+    one = Super(optional, STREAM[:333], 1448, udp=udp)
+    said = optional.udp(one.data) if udp else optional.tcp(1, one.data)
+    if first == "svm":
+        wire.svm(said)
+    one.send()
+    if first == "pvm":
+        assert wire.seen() == []
+        wire.svm(said)
+    got = wire.released(1)
+    assert len(got) == 1
+    heard = Heard.of(got[0])
+    assert heard.sums_hold()
+    assert got[0][heard.l4 + 8 : heard.end] == one.data if udp else heard.data == one.data
+
+
 @pytest.mark.parametrize(("total", "size"), [(6500, 1400), (6400, 100)], ids=["5 segments", "64 segments"])
 @pytest.mark.parametrize("first", ["pvm", "svm"])
 def test_udp_super_packets(wire: Wire, talk: Talk, first: str, total: int, size: int) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes as ct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from scapy.layers.l2 import ARP, Ether
 
+from coloebpf import bpfsys
 from coloebpf.lab.plan import PAIR
 from coloebpf.model import State
+from coloebpf.service import beat_frames
 from tests.lab.heard import same_frames
 from tests.lab.talk import Talk
 from tests.lab.wire import Wire
 
 pytestmark = pytest.mark.lab
+
+COOKIE = b"a primary's peer"
+QUIET_FLOWS = 5
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +213,33 @@ def test_a_secondary_whose_right_ran_out_is_silent(wire: Wire, talk: Talk) -> No
     wire.svm(talk.udp(b"answer"))
     assert wire.seen() == []
     assert wire.nic(host="secondary").since(before)["dropped.halted"] == 1
+
+
+def beat(wire: Wire) -> None:
+    wire.control["primary"].expect_beats(COOKIE)
+    wire.push("secondary", beat_frames.frame(b"\2\0\0\0\0\1", 0, COOKIE, 1, 0), wire.plan.nic_list()[0].fwd)
+
+
+def guest_arp(wire: Wire) -> None:
+    nic = wire.nics[0]
+    frame = Ether(src=nic.mac, dst=wire.client_mac) / ARP(op=2, hwsrc=nic.mac, psrc=nic.guest_v4, pdst=nic.client_v4)
+    wire.pvm(bytes(frame))
+
+
+@pytest.mark.parametrize("trigger", [beat, guest_arp])
+@BOTH
+def test_without_a_service_quiet_flows_are_let_go(wire: Wire, make: type, trigger: Callable[[Wire], None]) -> None:
+    """`on_service_loss = "open"`: nobody runs the flush, and the flows that hold something send nothing more."""
+    talks = [Talk(wire) for _ in range(QUIET_FLOWS)]
+    frames = [make(talk, 1, b"%04d" % n) for n, talk in enumerate(talks)]
+    wire.pvm(*frames)
+    assert wire.seen() == []
+    control = wire.control["primary"]
+    bpfsys.update(control.fd("walks"), ct.c_uint32(0), ct.c_uint64(0))  # the last test's was no second ago, maybe
+    control.set_open_after(PAIR, 1)
+    try:
+        trigger(wire)
+        got = wire.released(QUIET_FLOWS + (trigger is guest_arp))
+        same_frames(sorted(f for f in got if f[12:14] != b"\x08\x06"), sorted(frames))
+    finally:
+        control.set_open_after(PAIR, 0)

@@ -29,7 +29,7 @@ NONE = 0xFFFFFFFF
 NEVER_NS = 3600 * 10**9
 LONG_AGO_NS = 1_000_000 * 10**9  # longer than any idle limit (IDLE_* of bpf/constants.h)
 # Offsets in struct __sk_buff (linux/bpf.h) of what BPF_PROG_TEST_RUN takes.
-SKB_IFINDEX, SKB_MARK, SKB_GSO_SEGS, SKB_GSO_SIZE = 40, 8, 164, 176
+SKB_IFINDEX, SKB_MARK, SKB_CB, SKB_GSO_SEGS, SKB_GSO_SIZE = 40, 8, 48, 164, 176
 XDP_MD = struct.Struct("=6I")  # data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
 # struct arrival of bpf/types.h: it is in no map, so bcc describes it nowhere.
 ARRIVAL = struct.Struct("=QIIIHHHHHBB")

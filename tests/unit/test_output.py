@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes as ct
 import random
 import socket
+import struct
 import time
 from typing import Any
 
@@ -27,6 +28,9 @@ from tests.unit.rig import (
     NEVER_NS,
     OTHER_MAC,
     PASS,
+    SKB_CB,
+    SKB_GSO_SIZE,
+    SKB_IFINDEX,
     XDP_DROP,
     XDP_PASS,
     Rig,
@@ -349,6 +353,38 @@ def test_a_new_protection_knows_nothing_of_the_last_ones_streams(rig: Rig) -> No
     before = rig.counters()
     assert rig.output(tcp(port, 1500 + 2**31, b"c" * 100)) == DROP
     assert rig.since(before) == HELD
+
+
+@pytest.mark.parametrize(("state", "released"), [(State.LOCKSTEP, 0), (State.PASSTHROUGH, 3)])
+def test_what_comes_back_without_the_svm_releases_the_rest(rig: Rig, state: State, released: int) -> None:
+    port = next_port()
+    for data in (b"one", b"two", b"three"):
+        rig.output(udp(port, data))
+    (index,) = [i for i in range(rig.flow_top()) if rig.flow(i).flags & 1 and rig.flow(i).p_count]
+    flow = rig.flow(index)
+    flow.in_flight, flow.emit_ns = 1, time.monotonic_ns()
+    flow.generation = 1 << 20  # what a released packet carries of it is 0: BPF_PROG_TEST_RUN can't give it more
+    bpfsys.update(rig.control.fd("flows"), ct.c_uint32(index), flow)
+    rig.control.set_state(0, state)
+    before = rig.counters()
+    rig.output(udp(port, b"zero"), mark=rig.mark | index)
+    assert rig.since(before).get("unheld_packets", 0) == released
+
+
+@pytest.mark.parametrize(("state", "ack"), [(State.LOCKSTEP, 8000), (State.PASSTHROUGH, 9000)])
+def test_a_whole_super_packets_ack_without_the_svm(rig: Rig, state: State, ack: int) -> None:
+    """It is split as the flow was busy when it came, and isn't any more when its segments are held."""
+    port, data = next_port(), b"x" * 300
+    prove(rig, tcp(port, 1, data, ack=8000))
+    (index,) = [i for i in range(rig.flow_top()) if rig.flow(i).flags & 1 and rig.flow(i).s_count]
+    rig.control.set_state(0, state)
+    context = bytearray(bpfsys.SK_BUFF_BYTES)
+    struct.pack_into("=I", context, SKB_IFINDEX, rig.ifindex["vif0"])
+    struct.pack_into("=I", context, SKB_GSO_SIZE, 100)
+    struct.pack_into("=2I", context, SKB_CB, index, rig.flow(index).generation)
+    run = bpfsys.test_run(rig.plane.prog_fd("split"), tcp(port, 1, data, ack=9000), ctx=bytes(context), want_ctx=192)
+    assert run.retval == PASS
+    assert Ether(run.data)[TCP].ack == ack
 
 
 def test_what_never_came_back_is_not_waited_for_for_ever(rig: Rig) -> None:
