@@ -241,6 +241,9 @@ def test_new_certificates_count_for_new_connections(pki: Path, tmp_path: Path) -
 # ---- who does not get in ---------------------------------------------------------------------------------------------
 
 
+Stranger = Callable[[Path, Path, int], Awaitable[None]]
+
+
 async def _no_certificate(pki: Path, tmp: Path, port: int) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(pki / "ca.pem")
@@ -305,7 +308,7 @@ async def _huge_hello(pki: Path, tmp: Path, port: int) -> None:
 
 
 # Who is waited for in vain, by which of the link's times. All others are to be refused for what they are.
-IN_VAIN = {_silent: "HELLO_TIMEOUT", _silent_without_tls: "OPEN_TIMEOUT"}
+IN_VAIN: dict[Stranger, str] = {_silent: "HELLO_TIMEOUT", _silent_without_tls: "OPEN_TIMEOUT"}
 
 
 @pytest.mark.parametrize(
@@ -329,7 +332,7 @@ def test_a_stranger_is_refused_counted_and_logged(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    stranger: Callable[[Path, Path, int], Awaitable[None]],
+    stranger: Stranger,
     kind: str,
     detail: str,
 ) -> None:
