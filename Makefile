@@ -54,7 +54,7 @@ bench-vms:
 	$(MAKE) venv
 	$(PY) -m tests.bench.virtual
 
-# Both CPUs at once, 10 million packets (`make test` has 3 million).
+# Both CPUs at once, 10 million packets (`make test` has one million).
 stress:
 	$(MAKE) deps-test
 	$(MAKE) venv

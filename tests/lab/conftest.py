@@ -16,13 +16,13 @@ import pytest
 
 from coloebpf.lab import commands, redis, services
 from coloebpf.lab.plan import LabPlan
-from tests.lab.service_lab import ServiceLab
+from tests.lab.service_lab import PATIENT_MS, ServiceLab
 from tests.lab.talk import KINDS, Talk
 from tests.lab.wire import Wire
 
 _numbers = itertools.count()
 CLI = (sys.executable, "-m", "coloebpf")
-UP_TIMEOUT = 120  # seconds; two compiles on a busy machine
+UP_TIMEOUT = 280  # seconds; two compiles, on a machine that may do other things
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,20 @@ def make_module_lab() -> Iterator[LabMaker]:
     yield from _maker()
 
 
-@pytest.fixture(scope="module")
-def bare_lab(make_module_lab: LabMaker) -> Lab:
-    """Ports without a stack: what a test sends on pvm's eth0 is PVM output."""
-    return make_module_lab(guests="none")
+@pytest.fixture(scope="session")
+def bare_lab() -> Iterator[Lab]:
+    """Ports without a stack: what a test sends on pvm's eth0 is PVM output. One for all modules: to load one takes a quarter of a minute."""
+    for make in _maker():
+        yield make(guests="none")
 
 
 @pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    """The ports of a bare lab, for the tests of one module."""
-    wire = Wire(make_module_lab(guests="none").plan)
+def wire(bare_lab: Lab) -> Iterator[Wire]:
+    """The ports of the bare lab, as new for each module."""
+    wire = Wire(bare_lab.plan)
+    wire.reset()
+    wire.pvm(Talk(wire).tcp(1))  # the switch learns where the guest is
+    wire.clean()
     yield wire
     wire.close()
 
@@ -169,7 +173,7 @@ def process_lab(make_module_lab: LabMaker) -> Lab:
 
 @pytest.fixture(scope="session")
 def _services() -> Iterator[ServiceLab]:
-    plan = LabPlan(new_name(), "process", command=redis.SERVER, service=True)
+    plan = LabPlan(new_name(), "process", command=redis.SERVER, service=True, peer_timeout_ms=PATIENT_MS)
     try:
         commands.up(plan, services.bring_up)
         yield ServiceLab(plan)

@@ -20,7 +20,7 @@ from coloebpf.lab.plan import ARBITER, GUESTS, HOSTS, MGMT, PAIR, LabPlan
 from coloebpf.lab.topology import FORWARD_QUEUE
 
 PATIENT_MS = 20_000  # a peer timeout that no test reaches: what happens is the test's doing alone
-SOON = 15.0  # seconds that anything may take on a busy machine
+SOON = 30.0  # seconds that anything may take on a busy machine
 PATIENCE_S = 60.0  # of a client that waits for what a test does meanwhile
 LONG = "".join(f"{number:06}" for number in range(1000))
 LONG_EVERY = 10  # answers

@@ -26,15 +26,6 @@ SIZE = 100  # bytes of a segment
 
 
 @pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    wire.pvm(Talk(wire).tcp(1))  # the switch learns where the guest is
-    wire.clean()
-    yield wire
-    wire.close()
-
-
-@pytest.fixture(scope="module")
 def shared(make_module_lab: LabMaker) -> Iterator[Wire]:
     """Two NICs on one forward link: an answer needs the NIC's VLAN tag."""
     wire = Wire(make_module_lab(guests="none", nics=2, vlan=True).plan)

@@ -135,7 +135,7 @@ def test_given_systemd_when_the_service_is_killed_then_libxl_notices_nothing(
         lab.in_lockstep()
         assert lab.checkpoint() > epoch
         assert peer.process.poll() is None
-        assert peer.checkpoints() <= before + 3  # none of a storm
+        assert peer.checkpoints() <= before + 30  # a storm is hundreds
         second.send_signal(signal.SIGTERM)
         assert second.wait(15) == 0
     finally:

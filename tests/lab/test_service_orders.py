@@ -13,7 +13,7 @@ from coloebpf.lab import guests, services
 from coloebpf.lab.plan import HOSTS, PAIR
 from coloebpf.netns import inside
 from tests.lab.service_lab import FWD, MANAGEMENT_LINK, ServiceLab, until
-from tests.lab.test_service_faults import DEFAULT_MS
+from tests.lab.test_service_faults import QUICK_MS
 
 pytestmark = pytest.mark.lab
 
@@ -40,7 +40,7 @@ def test_given_lockstep_when_the_primary_hands_over_then_the_replica_goes_on_and
 
 
 def test_given_both_links_cut_when_fencing_fails_then_the_pair_waits_until_an_operator_decides(lab: ServiceLab) -> None:
-    client = lab.fresh(peer_timeout_ms=DEFAULT_MS)
+    client = lab.fresh(peer_timeout_ms=QUICK_MS)
     switches = {host: services.switch_of(lab.plan, host) for host in HOSTS}
     kept = {host: path.read_text() for host, path in switches.items()}
     try:

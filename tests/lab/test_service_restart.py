@@ -1,18 +1,19 @@
-"""Restarts of a service with the default heartbeat timeout, which is shorter than any of them."""
+"""Restarts of a service with a heartbeat timeout that is shorter than most of them."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 
 from coloebpf.lab import guests, services
 from coloebpf.lab.plan import HOSTS
 from tests.lab.service_lab import SOON, ServiceLab, until
-from tests.lab.test_service_faults import DEFAULT_MS
+from tests.lab.test_service_faults import QUICK_MS
 
 pytestmark = pytest.mark.lab
-GRACE_S = 2.0
+GRACE_S = 6.0
 LONG = "restart_grace_ms = 10000"  # the usual 5 s are not enough on a machine that others have most of
 SHORT = f"restart_grace_ms = {GRACE_S * 1000:.0f}"
 
@@ -21,18 +22,18 @@ SHORT = f"restart_grace_ms = {GRACE_S * 1000:.0f}"
 def test_given_lockstep_when_a_service_is_restarted_then_both_hosts_go_on_as_they_were(
     lab: ServiceLab, host: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = lab.fresh(peer_timeout_ms=DEFAULT_MS, peer_changes=LONG)
+    client = lab.fresh(peer_timeout_ms=QUICK_MS, peer_changes=LONG)
     client.longest_s = 0.0
-    begin = time.monotonic()
+    begin, before = time.monotonic(), client.count
     lab.terminate(host)
     lab.start(host)
     until(lambda: lab.status(host).get("peer", {}).get("connected"), "the next service has found the other host")
-    away_s = time.monotonic() - begin
+    away_s, answers = time.monotonic() - begin, client.count - before
     lab.in_lockstep()
     client.goes_on(200)
     with capsys.disabled():
         print(f"\n  {host}: back after {away_s:.1f} s, the client's longest pause {client.longest_s * 1000:.0f} ms")
-    assert client.longest_s < 0.5 * away_s  # nobody waited for the service
+    assert answers > 10, "the client waited for the service"
     assert lab.checkpoint()
     assert [lab.state(each) for each in HOSTS] == ["lockstep", "lockstep"]
     assert all(guests.running(lab.plan, each) for each in HOSTS)  # nobody was switched off
@@ -41,11 +42,11 @@ def test_given_lockstep_when_a_service_is_restarted_then_both_hosts_go_on_as_the
 def test_given_a_restart_of_the_primarys_service_when_its_host_dies_then_the_replica_goes_on_behind_the_grace(
     lab: ServiceLab,
 ) -> None:
-    client = lab.fresh(peer_timeout_ms=DEFAULT_MS, peer_changes=SHORT)
+    client = lab.fresh(peer_timeout_ms=QUICK_MS, peer_changes=SHORT)
     begin = time.monotonic()
     lab.terminate("primary")
+    until(partial(lab.warns, "secondary", "the service of primary restarts"), "the secondary says so")
     client.goes_on(20)
-    assert lab.warns("secondary", "the service of primary restarts")
     services.switch_off(lab.plan, "primary")
     client.goes_on(50)
     assert lab.state("secondary") == "promoted"
@@ -55,7 +56,7 @@ def test_given_a_restart_of_the_primarys_service_when_its_host_dies_then_the_rep
 def test_given_a_restart_of_the_secondarys_service_when_it_stays_away_then_the_primary_goes_on_alone(
     lab: ServiceLab,
 ) -> None:
-    client = lab.fresh(peer_timeout_ms=DEFAULT_MS, peer_changes=SHORT)
+    client = lab.fresh(peer_timeout_ms=QUICK_MS, peer_changes=SHORT)
     lab.terminate("secondary")
     client.goes_on(50)
     assert lab.state("primary") == "lockstep"
@@ -68,7 +69,7 @@ def test_given_lockstep_when_a_service_is_killed_then_its_next_one_comes_too_lat
     lab: ServiceLab, host: str, alone: str
 ) -> None:
     """A crash says no goodbye. systemd starts the next service after 0.1 s, and the arbiter has turned the host off."""
-    client = lab.fresh(peer_timeout_ms=DEFAULT_MS)
+    client = lab.fresh(peer_timeout_ms=QUICK_MS)
     lab.kill(host)
     time.sleep(0.1)
     lab.start(host)

@@ -20,7 +20,7 @@ from tests.bench.workloads import Order, Workload
 pytestmark = pytest.mark.lab
 
 LATE = ("missing_on_svm", "missing_on_pvm")  # a thread that waited for a CPU: no difference between the two
-PACKETS = int(os.environ.get("COLO_STRESS_PACKETS", "3_000_000"))
+PACKETS = int(os.environ.get("COLO_STRESS_PACKETS", "1_000_000"))
 ROUND_S = 4.0  # of one mix of flows, sizes and leads
 WINDOW = 240  # frames not released yet: fewer than the 256 that veth's ring has, which drops what comes while softirq waits for a CPU
 SEED = int(os.environ.get("COLO_STRESS_SEED", str(time.time_ns() & 0xFFFFFFFF)))

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from coloebpf import bpfsys
-from tests.lab.conftest import LabMaker
 from tests.lab.connection import Connection
 from tests.lab.heard import Heard, same_frames
 from tests.lab.talk import M32, Talk
@@ -20,15 +19,6 @@ pytestmark = pytest.mark.lab
 
 FIN_SEEN, RST_SEEN, CLIENT_FIN_SEEN, OPEN_SEEN, DELTA_KNOWN = 0x40, 0x80, 0x40000, 0x1000, 0x8000  # bpf/types.h, FLOW_*
 OFFSETS = [(1000, 5000), (5000, 1000), (2**32 - 3, 70), (70, 2**32 - 3), (2**31, 0), (9, 9)]  # ISN of PVM and SVM
-
-
-@pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[Wire]:
-    wire = Wire(make_module_lab(guests="none").plan)
-    wire.pvm(Talk(wire).tcp(1))  # the switch learns where the guest is
-    wire.clean()
-    yield wire
-    wire.close()
 
 
 @pytest.fixture(autouse=True)
