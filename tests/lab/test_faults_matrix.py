@@ -19,7 +19,7 @@ from tests.lab.probe import Probe
 from tests.lab.service_lab import PATIENT_MS, ServiceLab, until
 from tests.lab.speakers import Speakers
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.real_time]
 ROUNDS = int(os.environ.get("COLO_FAULT_ROUNDS", "0"))
 SEED = int(os.environ.get("COLO_FAULT_SEED", "0")) or random.randrange(1, 1 << 32)
 COPY_MS = 100  # in which the replica says what it has still to say, on a busy machine, too

@@ -13,7 +13,7 @@ from coloebpf.lab.plan import GUESTS
 from coloebpf.lab.redis import Connection
 from tests.lab.service_lab import ServiceLab
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.real_time]
 
 
 def recorded(lab: ServiceLab) -> History:

@@ -14,7 +14,7 @@ from coloebpf.errors import ColoError
 from coloebpf.lab import guests, services
 from tests.lab.service_lab import FWD, MANAGEMENT_LINK, PATIENCE_S, ServiceLab, until
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.real_time]
 DEFAULT_MS = 200  # the configuration's heartbeat_timeout_ms
 QUICK_MS = 1500  # for what is no measurement: a CPU of a virtual machine may stand still for longer than 200 ms
 ALONE = "interval_max_ms = 60000\ncompare_timeout_ms = 30000"  # no checkpoint but those that a test asks for

@@ -23,7 +23,7 @@ from coloebpf.netns import inside
 from tests.lab.service_lab import ServiceLab, until
 from tests.service.fake_systemd import FakeSystemd
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.real_time]
 PORT = 9000
 DIVERGENCE = 1  # enum event_kind of bpf/types.h
 ROUNDS = 100

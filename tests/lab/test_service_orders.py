@@ -15,7 +15,7 @@ from coloebpf.netns import inside
 from tests.lab.service_lab import FWD, MANAGEMENT_LINK, ServiceLab, until
 from tests.lab.test_service_faults import QUICK_MS
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.real_time]
 
 
 def order(lab: ServiceLab, host: str, what: str) -> str:

@@ -12,7 +12,7 @@ from coloebpf.lab.plan import HOSTS
 from tests.lab.service_lab import SOON, ServiceLab, until
 from tests.lab.test_service_faults import QUICK_MS
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.real_time]
 GRACE_S = 6.0
 LONG = "restart_grace_ms = 10000"  # the usual 5 s are not enough on a machine that others have most of
 SHORT = f"restart_grace_ms = {GRACE_S * 1000:.0f}"

@@ -18,7 +18,7 @@ from tests.lab.conftest import CLI, coloebpf
 from tests.lab.service_lab import MANAGEMENT_LINK, ServiceLab, until
 from tests.service.fake_systemd import FakeSystemd
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.real_time]
 EXEMPT = '[[pair.exempt]]\nprotocol = "udp"\nguest_port = 123\nnic = 0\n'
 
 

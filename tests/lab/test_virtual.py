@@ -14,7 +14,7 @@ from coloebpf.lab import image, machine, needs
 from coloebpf.lab.plan import LabPlan
 from tests.lab.conftest import LabMaker, coloebpf
 
-pytestmark = [pytest.mark.lab, pytest.mark.vm]
+pytestmark = [pytest.mark.lab, pytest.mark.vm, pytest.mark.real_time]
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.lab,
     pytest.mark.vm,
     pytest.mark.slow,
+    pytest.mark.real_time,
     pytest.mark.timeout(300 + 60 * FAILOVERS + 2 * CHECKPOINTS),
 ]
 

@@ -19,7 +19,7 @@ from tests.lab.virtual_lab import VirtualLab, until, virtual_lab
 HANDSHAKES = 5
 STORM = "storm_count = 3\nstorm_window_ms = 10000\nperiodic_interval_ms = 50\ncalm_ms = 10000"
 
-pytestmark = [pytest.mark.lab, pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lab, pytest.mark.vm, pytest.mark.real_time, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from tests.service.etcds import Member
 NS = 1_000_000_000
 TTL = 2  # seconds: the least that etcd gives with its own election timeout
 PATIENCE = 20.0  # seconds
+pytestmark = pytest.mark.real_time
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tests.service.etcds import free_ports
 
 pytestmark = [
     pytest.mark.lab,
+    pytest.mark.real_time,
     pytest.mark.skipif(not shutil.which("prometheus"), reason="Debian's package prometheus is not installed"),
 ]
 SERVICE = 9877  # the lab's own service has its default, in a namespace of its own

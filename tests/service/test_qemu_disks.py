@@ -16,7 +16,7 @@ from tests.service.test_qemu_failures import Play, goes_on, kill, kinds, protect
 
 __all__ = ["play"]  # the fixture
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.real_time]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from coloebpf.lab import image
 from tests.service.qemu_rig import Rig
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.real_time]
 COUNT = int(os.environ.get("COLOEBPF_CHECKPOINTS", "6"))  # more of them: a measurement
 
 Test = Callable[[Rig], Awaitable[None]]

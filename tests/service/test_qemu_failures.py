@@ -23,7 +23,7 @@ from tests.service.test_qemu_engine import Test, disk, play
 
 __all__ = ["disk", "play"]  # fixtures
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.real_time]
 
 Play = Callable[[Test], None]
 

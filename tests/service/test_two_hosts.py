@@ -27,6 +27,7 @@ from tests.service.etcds import Member
 from tests.service.host_process import GRACE_MS, Words
 
 PATIENCE = 20.0  # seconds
+pytestmark = pytest.mark.real_time
 ROLES = {"a": Role.PRIMARY, "b": Role.SECONDARY}
 MANAGEMENT = {"a": "192.0.2.1", "b": "192.0.2.2"}  # of documentation, in namespaces of the test's own
 TO_ETCD = {"a": "198.51.100.1", "b": "198.51.100.2"}
