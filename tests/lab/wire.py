@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coloebpf import bpfsys, snapshot
-from coloebpf.control import GAUGE_FLOW_TOP, TOP_SLACK, Control
+from coloebpf.control import GAUGE_FLOW_TOP, Control
 from coloebpf.events import event_of
 from coloebpf.lab.plan import HOSTS, PAIR, LabPlan
 from coloebpf.model import EVENTS, Policy, State
@@ -220,7 +220,7 @@ class Wire:
         """Makes every flow older than any may be idle. (Nobody else writes to them now.)"""
         control, top = self.control[host], ct.c_uint64()
         bpfsys.lookup(control.fd("gauges"), ct.c_uint32(GAUGE_FLOW_TOP), top)
-        for index in range(top.value + TOP_SLACK):
+        for index in range(top.value):
             flow = control.shapes.leaf("flows")()
             if bpfsys.lookup(control.fd("flows"), ct.c_uint32(index), flow) and flow.flags & FLOW_LIVE:
                 flow.emit_ns = flow.in_flight = 0
