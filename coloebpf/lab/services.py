@@ -176,14 +176,23 @@ def switch_of(plan: LabPlan, host: str) -> Path:
     return plan.run_dir / f"switch-off-{host}"
 
 
+def switch_lock(plan: LabPlan) -> Path:
+    """Held by the power switch that is at work: there is one power supply, and it does one thing at a time."""
+    return plan.run_dir / "switch.lock"
+
+
 def _make_switch(plan: LabPlan, host: str) -> None:
-    path = switch_of(plan, host)
+    path, namespace = switch_of(plan, host), plan.namespace(host)
     down = "".join(f"link set {device} down\n" for device in plan.devices(host))
     path.write_text(
         "#!/bin/sh\n"
-        "# As power loss: the host's devices are down, its processes gone. A shell, for a takeover waits for it.\n"
-        f"set -e\nip -n {plan.namespace(host)} -batch - <<END\n{down}END\n"
-        f"ip netns pids {plan.namespace(host)} | xargs -r kill -9\n"
+        "# As power loss: the host's processes are gone, its devices down. A shell, for a takeover waits for it.\n"
+        "# Its processes first: one that saw its links go would switch off the other host, before its own end.\n"
+        f"set -e\nexec 9>{switch_lock(plan)}\nflock 9\n"
+        f"pids=$(ip netns pids {namespace})\n"
+        'while [ -n "$pids" ]; do\n    kill -9 $pids 2>&- || :\n'
+        f"    pids=$(ip netns pids {namespace})\ndone\n"
+        f"ip -n {namespace} -batch - <<END\n{down}END\n"
     )
     path.chmod(0o700)
 

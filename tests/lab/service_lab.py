@@ -18,6 +18,7 @@ from coloebpf.errors import ColoError
 from coloebpf.lab import etcd, guests, redis, services
 from coloebpf.lab.plan import ARBITER, GUESTS, HOSTS, MGMT, PAIR, LabPlan
 from coloebpf.lab.topology import FORWARD_QUEUE
+from coloebpf.service.commands import client
 
 PATIENT_MS = 20_000  # a peer timeout that no test reaches: what happens is the test's doing alone
 SOON = 30.0  # seconds that anything may take on a busy machine
@@ -94,6 +95,20 @@ class ServiceLab:
         services.protect(self.plan, self.running)
         return self.counted()
 
+    def beginning(self, arbiter: str = "command", peer_timeout_ms: int = PATIENT_MS, **changes: Any) -> Counter:
+        """As fresh(), but the engine is held at the first copy: both hosts are `syncing`."""
+        self.reset(arbiter, peer_timeout_ms, **changes)
+        self.start(*HOSTS)
+        services.ready(self.plan, self.running)
+        services.tell_engine(self.plan, do="hang", at="request")
+        threading.Thread(target=self._protect, daemon=True).start()
+        until(lambda: {self.state(host) for host in HOSTS} == {"syncing"}, "both hosts begin the protection")
+        return self.counted()
+
+    def _protect(self) -> None:
+        with suppress(ColoError, OSError):  # its service may be killed meanwhile
+            services.client_of(self.plan, "primary", "protect", client.ORDER_S, pair=services.PAIR_NAME)
+
     def counted(self) -> Counter:
         """A client that counts from now on."""
         self.counter = Counter(self.connect(PATIENCE_S))
@@ -104,6 +119,8 @@ class ServiceLab:
     def reset(self, arbiter: str = "command", peer_timeout_ms: int = PATIENT_MS, **changes: Any) -> None:
         """Everything up, but no service runs and no pair is protected."""
         self.leave()
+        for guest in GUESTS:
+            self.signal_guest(guest, signal.SIGCONT)
         self.plan = replace(self.plan, arbiter=arbiter, peer_timeout_ms=peer_timeout_ms)
         for node in (*HOSTS, *GUESTS):
             self.links(node, "up", *self.plan.devices(node))
@@ -159,6 +176,11 @@ class ServiceLab:
                 self.running.pop(host).wait(SOON)
             until(lambda: not guests.running(self.plan, host), f"the {host}'s service ends")
 
+    def signal_guest(self, guest: str, number: signal.Signals) -> None:
+        """To all its processes."""
+        for pid in guests.running(self.plan, guest):
+            os.kill(pid, number)
+
     def terminate(self, host: str) -> None:
         """Ends a host's service as `systemctl restart` does: its guest, in the same namespace, goes on."""
         process = self.running.pop(host)
@@ -204,6 +226,16 @@ class ServiceLab:
         """Devices of a node up or down."""
         lines = "".join(f"link set {device} {state}\n" for device in devices)
         subprocess.run(["ip", "-n", self.plan.namespace(node), "-batch", "-"], input=lines, text=True, check=True)
+
+    def powered(self, host: str) -> bool:
+        """It was not switched off."""
+        shown = subprocess.run(
+            ["ip", "-n", self.plan.namespace(host), "link", "show", "dev", "br0", "up"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return bool(shown.stdout)
 
     def cut(self, *devices: str) -> None:
         """`fwd0`, `mgmt0`: the primary's end goes down."""
