@@ -176,18 +176,25 @@ class Injector:
 async def announce(vif: str, mac: str, addresses: Callable[[], Iterable[Address]]) -> int:
     """All rounds; the pair must be promoted already, for the hooks judge these frames too. Returns how many were sent.
 
-    `addresses` is asked before each round. Raises AnnounceError.
+    `addresses` is asked before each round. Raises AnnounceError if the last round could not be sent.
     """
     sent = 0
+    failed: AnnounceError | None = None
     injector = Injector(vif)
     try:
         for pause in PAUSES_S:
             await asyncio.sleep(pause)
-            for frame in frames(mac, addresses()):
-                injector.send(frame)
-                sent += 1
+            try:
+                for frame in frames(mac, addresses()):
+                    injector.send(frame)
+                    sent += 1
+                failed = None
+            except AnnounceError as e:
+                failed = e  # the port may be up when the next round comes
     finally:
         injector.close()
+    if failed is not None:
+        raise failed
     known = " ".join(sorted(str(address.ip) for address in addresses()))
     say(log, logging.INFO, "announced the guest", vif=vif, mac=mac, addresses=known or "none", frames=sent)
     return sent

@@ -202,6 +202,32 @@ def test_the_bridge_and_the_lan_learn_where_the_guest_is(
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("up_again", [True, False])
+def test_a_port_that_comes_up_late_is_waited_for(
+    secondary: Host, monkeypatch: pytest.MonkeyPatch, up_again: bool
+) -> None:
+    secondary.promote()
+    monkeypatch.setattr(announce_module, "PAUSES_S", (0.0, 0.0, 0.0))
+    asked = []
+
+    def addresses() -> list[Address]:
+        asked.append(1)
+        if len(asked) == 2 and up_again:
+            ip("link", "set", "vif0", "up")
+        return [V4]
+
+    ip("link", "set", "vif0", "down")
+    try:
+        if up_again:
+            assert asyncio.run(announce("vif0", MAC, addresses)) == 2 * len(frames(MAC, [V4]))
+        else:
+            with pytest.raises(AnnounceError, match="is it up"):
+                asyncio.run(announce("vif0", MAC, addresses))
+    finally:
+        ip("link", "set", "vif0", "up")
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("state", [State.HALTED, State.UNPROTECTED, State.PASSTHROUGH])
 def test_who_may_not_speak_does_not_announce(secondary: Host, lan: socket.socket, state: State) -> None:
     secondary.promote(state)
