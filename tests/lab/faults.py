@@ -13,7 +13,7 @@ from random import Random
 
 from coloebpf.errors import ColoError
 from coloebpf.lab import services
-from coloebpf.lab.plan import ARBITER, HOSTS
+from coloebpf.lab.plan import ARBITER, GUESTS, HOSTS
 from tests.lab.service_lab import FWD, MANAGEMENT_LINK, ServiceLab, until
 
 BRIEF_S = 0.8  # the longest that something is away for a moment
@@ -63,21 +63,23 @@ def one_after_the_other(lab: ServiceLab, dice: Random) -> Callable[[], None]:
     return ended.set
 
 
+def release(lab: ServiceLab) -> None:
+    """The engine goes on with what it was held at."""
+    with suppress(ColoError, OSError):  # its service may be gone, or another one
+        services.tell_engine(lab.plan, do="go")
+
+
 def _held_at(lab: ServiceLab, step: str, dice: Random) -> Callable[[], None]:
     def order() -> None:
         with suppress(ColoError, OSError):
             lab.checkpoint()
-
-    def release() -> None:
-        with suppress(ColoError, OSError):  # its service may be gone, or another one
-            services.tell_engine(lab.plan, do="go")
 
     services.tell_engine(lab.plan, do="hang", at=step)
     before = services.tell_engine(lab.plan, do="show")["requests"]
     threading.Thread(target=order, daemon=True).start()
     until(lambda: services.tell_engine(lab.plan, do="show")["requests"] > before, "the engine is asked")
     time.sleep(dice.uniform(0, 0.1))
-    return release
+    return partial(release, lab)
 
 
 # Each begins a moment, and returns what ends it.
@@ -94,7 +96,7 @@ MOMENTS: dict[str, Callable[[ServiceLab, Random], Callable[[], None]]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """`ends`: who serves in the end; `mend`, after that, must not change it.
+    """`ends`: who serves in the end; `mend`, after that, must not change it. `kind`: what it has in common with others.
 
     `brief`: `strike` itself takes the fault away, before anybody's timeout, and nothing comes of it.
     `undecided`: until `mend` nobody may go on alone, and `ends` come after it.
@@ -102,6 +104,7 @@ class Fault:
     the client has said it again.
     """
 
+    kind: str
     ends: tuple[str, ...]
     strike: Act
     mend: Act = lambda lab, dice: None
@@ -110,6 +113,10 @@ class Fault:
     undecided: bool = False
     deaf: bool = False
 
+    def fits(self, moment: str) -> bool:
+        """Whether guests that nothing copies can go through it then."""
+        return not (self.deaf and moment == "one checkpoint after the other")
+
 
 def killed_for_a_moment(host: str) -> Fault:
     def strike(lab: ServiceLab, dice: Random) -> None:
@@ -117,7 +124,7 @@ def killed_for_a_moment(host: str) -> Fault:
         time.sleep(dice.uniform(0, BRIEF_S))
         lab.start(host)
 
-    return Fault((BOTH,), strike, brief=True)
+    return Fault("a service is killed and comes back", (BOTH,), strike, brief=True)
 
 
 def frozen_for_a_moment(host: str) -> Fault:
@@ -126,7 +133,18 @@ def frozen_for_a_moment(host: str) -> Fault:
         time.sleep(dice.uniform(0, BRIEF_S))
         lab.kill(host, signal.SIGCONT)
 
-    return Fault((BOTH,), strike, brief=True)
+    return Fault("a service is frozen for a moment", (BOTH,), strike, brief=True)
+
+
+def guest_frozen_for_a_moment(guest: str) -> Fault:
+    """What it has to say comes late. Frozen, the replica's kernel refuses ACKs of what it has not said itself."""
+
+    def strike(lab: ServiceLab, dice: Random) -> None:
+        lab.signal_guest(guest, signal.SIGSTOP)
+        time.sleep(dice.uniform(0, BRIEF_S))
+        lab.signal_guest(guest, signal.SIGCONT)
+
+    return Fault("a guest is frozen for a moment", (BOTH,), strike, brief=True, deaf=guest == "svm")
 
 
 def cut_for_a_moment(*ends: tuple[str, str]) -> Fault:
@@ -138,7 +156,7 @@ def cut_for_a_moment(*ends: tuple[str, str]) -> Fault:
         time.sleep(dice.uniform(0, BRIEF_S))
         lab.mend()
 
-    return Fault((BOTH,), strike, brief=True, deaf=("primary", FWD) in ends)
+    return Fault("a link is cut for a moment", (BOTH,), strike, brief=True, deaf=("primary", FWD) in ends)
 
 
 def survivor(lost: str) -> tuple[str]:
@@ -146,7 +164,11 @@ def survivor(lost: str) -> tuple[str]:
 
 
 def killed(host: str) -> Fault:
-    return Fault(survivor(host), lambda lab, dice: lab.kill(host))
+    return Fault("a service is killed and stays away", survivor(host), lambda lab, dice: lab.kill(host))
+
+
+def _stop(host: str, lab: ServiceLab, dice: Random) -> None:
+    lab.kill(host, signal.SIGSTOP)
 
 
 def frozen(host: str, arbiter: str) -> Fault:
@@ -154,11 +176,16 @@ def frozen(host: str, arbiter: str) -> Fault:
         time.sleep(dice.choice([0, LEASES_S]))
         lab.kill(host, signal.SIGCONT)
 
-    return Fault(survivor(host), lambda lab, dice: lab.kill(host, signal.SIGSTOP), thaw, arbiter)
+    strike = partial(_stop, host)
+    return Fault("a service is frozen", survivor(host), strike, thaw, arbiter)
+
+
+def off(host: str) -> Act:
+    return lambda lab, dice: services.switch_off(lab.plan, host)
 
 
 def switched_off(host: str, arbiter: str) -> Fault:
-    return Fault(survivor(host), lambda lab, dice: services.switch_off(lab.plan, host), arbiter=arbiter)
+    return Fault("a host is switched off", survivor(host), off(host), arbiter=arbiter)
 
 
 def parted(lab: ServiceLab, dice: Random) -> None:
@@ -178,8 +205,8 @@ def _in_any_order(dice: Random, acts: list[Callable[[], None]]) -> None:
         time.sleep(dice.choice([0, 0, 0.1]))
 
 
-def separated(ends: tuple[str, ...], strike: Act, arbiter: str) -> Fault:
-    return Fault(ends, strike, lambda lab, dice: lab.mend(), arbiter, deaf=True)
+def separated(kind: str, ends: tuple[str, ...], strike: Act, arbiter: str) -> Fault:
+    return Fault(kind, ends, strike, lambda lab, dice: lab.mend(), arbiter, deaf=True)
 
 
 def arbiter_lost(lab: ServiceLab, dice: Random) -> None:
@@ -204,7 +231,7 @@ def without_arbiter(ends: tuple[str, ...], also: Act, deaf: bool = False) -> Fau
         time.sleep(dice.uniform(0, 0.3))
         also(lab, dice)
 
-    return Fault(ends, strike, arbiter_back, "etcd", undecided=True, deaf=deaf)
+    return Fault("the arbiter is gone, too", ends, strike, arbiter_back, "etcd", undecided=True, deaf=deaf)
 
 
 def arbiter_away() -> Fault:
@@ -213,16 +240,13 @@ def arbiter_away() -> Fault:
         time.sleep(dice.uniform(0, BRIEF_S))
         arbiter_back(lab, dice)
 
-    return Fault((BOTH,), strike, arbiter="etcd", brief=True)
-
-
-def off(host: str) -> Act:
-    return lambda lab, dice: services.switch_off(lab.plan, host)
+    return Fault("the arbiter is gone for a moment", (BOTH,), strike, arbiter="etcd", brief=True)
 
 
 FAULTS: dict[str, Fault] = {
     **{f"the service of the {host} is killed and comes back": killed_for_a_moment(host) for host in HOSTS},
     **{f"the service of the {host} is frozen for a moment": frozen_for_a_moment(host) for host in HOSTS},
+    **{f"the {guest} is frozen for a moment": guest_frozen_for_a_moment(guest) for guest in GUESTS},
     **{f"fwd is cut from the {host} for a moment": cut_for_a_moment((host, FWD)) for host in HOSTS},
     "fwd is cut for a moment": cut_for_a_moment(*((host, FWD) for host in HOSTS)),
     **{f"management is cut from the {host} for a moment": cut_for_a_moment((host, MANAGEMENT_LINK)) for host in HOSTS},
@@ -232,9 +256,9 @@ FAULTS: dict[str, Fault] = {
     **{f"the service of the {host} is killed and stays away": killed(host) for host in HOSTS},
     **{f"the {host} is switched off with {a}": switched_off(host, a) for host in HOSTS for a in ARBITERS},
     **{f"the service of the {host} is frozen with {a}": frozen(host, a) for host in HOSTS for a in ARBITERS},
-    **{f"the hosts are parted with {a}": separated((PRIMARY, REPLICA), parted, a) for a in ARBITERS},
-    **{f"the primary is heard no more with {a}": separated((REPLICA,), muted("primary"), a) for a in ARBITERS},
-    **{f"the secondary is heard no more with {a}": separated((PRIMARY,), muted("secondary"), a) for a in ARBITERS},
+    **{f"the hosts are parted with {a}": separated("parted", (PRIMARY, REPLICA), parted, a) for a in ARBITERS},
+    **{f"the primary is heard no more with {a}": separated("muted", (REPLICA,), muted("primary"), a) for a in ARBITERS},
+    **{f"the secondary is heard no more with {a}": separated("muted", (PRIMARY,), muted("secondary"), a) for a in ARBITERS},
     "the arbiter is gone and the primary switched off": without_arbiter((REPLICA,), off("primary")),
     "the arbiter is gone and the secondary switched off": without_arbiter((PRIMARY,), off("secondary")),
     "the arbiter is gone and the hosts are parted": without_arbiter((PRIMARY, REPLICA), parted, deaf=True),

@@ -96,7 +96,11 @@ class ServiceLab:
         return self.counted()
 
     def beginning(self, arbiter: str = "command", peer_timeout_ms: int = PATIENT_MS, **changes: Any) -> Counter:
-        """As fresh(), but the engine is held at the first copy: both hosts are `syncing`."""
+        """As fresh(), but the engine is held at the first copy: both hosts are `syncing`.
+
+        What the client is told meanwhile nobody proves, and nothing repeats to the replica what that misses. Guests that
+        can't be copied are blank() again before the first copy.
+        """
         self.reset(arbiter, peer_timeout_ms, **changes)
         self.start(*HOSTS)
         services.ready(self.plan, self.running)
@@ -135,6 +139,10 @@ class ServiceLab:
                 control.set_open_after(PAIR, 0)
                 control.set_state(PAIR, State.UNPROTECTED)
             services.configure(self.plan, host, **changes)
+        self.blank()
+
+    def blank(self) -> None:
+        """The replicas know nothing, and nobody is connected to them."""
         for guest in GUESTS:
             replica = redis.Connection(self.plan, guest, "127.0.0.1")
             replica.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
