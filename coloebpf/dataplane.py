@@ -334,21 +334,35 @@ class Dataplane:
         before = self._of_nic(spec.nic)
         link = self._kinds.key("links")()
         link.fwd, link.vlan = fwd, spec.vlan
+        nic_by_id = ct.c_uint32(spec.nic)
         with vifs.LOCK:
             kept = self._kinds.leaf("nic_by_id")()
-            bpfsys.lookup(self._fd("nic_by_id"), ct.c_uint32(spec.nic), kept)
-            for number, (vif, flags) in enumerate(made.items()):
+            bpfsys.lookup(self._fd("nic_by_id"), nic_by_id, kept)
+            own = (
+                kept.vif if kept.vif in made else next(iter(made))
+            )  # it may have been exchanged since the caller looked
+            for vif, flags in made.items():
                 nic = self._nic(spec, mac, vif, fwd)
                 nic.exempts = kept.exempts  # the exemption map is by NIC, whatever device it had
                 nic.flags = before.get(vif, 0) | flags
                 self._put(undo, "nics", ct.c_uint32(vif), nic)
-                if number == 0:
-                    if kept.vif == vif:
+                if vif == own:
+                    if kept.vif == own:
                         nic.next_vif, nic.next_epoch = kept.next_vif, kept.next_epoch
-                    self._put(undo, "nic_by_id", ct.c_uint32(spec.nic), nic)
+                    undo.callback(self._put_back, nic_by_id, kept, kept.vif == own)
+                    bpfsys.update(self._fd("nic_by_id"), nic_by_id, nic)
         self._put(undo, "links", link, ct.c_uint32(spec.nic))
         for vif in before.keys() - made.keys():
             bpfsys.delete(self._fd("nics"), ct.c_uint32(vif))  # one that this NIC had before it was made again
+
+    def _put_back(self, nic_by_id: ct.c_uint32, before: Any, same: bool) -> None:
+        """What was there before attach(). `same`: the guest was where it is, so what became of it since counts."""
+        with vifs.LOCK:
+            if same:
+                now = type(before)()
+                bpfsys.lookup(self._fd("nic_by_id"), nic_by_id, now)
+                before.vif, before.next_vif, before.next_epoch = now.vif, now.next_vif, now.next_epoch
+            bpfsys.update(self._fd("nic_by_id"), nic_by_id, before)
 
     def _put(self, undo: ExitStack, table: str, key: Any, value: Any) -> None:
         """Writes an entry; `undo` will bring back what was there."""

@@ -39,11 +39,17 @@ class Vifs:
             self._change(nic, next_vif=vifs[nic], next_epoch=epoch)
 
     def withdraw(self) -> None:
-        """The SVM stays the one it was: if the epoch has come, it is taken back, and with it the old translations."""
+        """The SVM stays the one it was: if the epoch has come, it is taken back, and with it the old translations.
+
+        Not behind a settle() that did not come to its end: then there is no way back for the other NICs either.
+        """
         word = self._control.state(self._pair)
         with LOCK:
-            on_trial = any(nic.next_vif and nic.next_epoch == word.epoch for nic in map(self._read, self._nics))
-        if on_trial:
+            nics = [self._read(nic) for nic in self._nics]
+        on_trial = [nic.next_vif not in (0, nic.vif) and nic.next_epoch == word.epoch for nic in nics]
+        if any(on_trial) and not all(on_trial):
+            self.settle()
+        elif any(on_trial):
             self._control.set_epoch(self._pair, (word.epoch - 1) & 0xFFFFFFFF)
         for nic in self._nics:
             self._change(nic, next_vif=0, next_epoch=0)

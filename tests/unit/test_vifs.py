@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes as ct
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
-from coloebpf import bpfsys
+from coloebpf import bpfsys, tuning
+from coloebpf.errors import DeviceError
 from coloebpf.model import Role, State
 from coloebpf.vifs import Vifs
 from tests.unit.conftest import SPECS
@@ -109,6 +110,72 @@ def test_a_promoted_guest_is_heard_behind_its_own_vif_only(rig: Rig, vifs: Vifs)
     assert rig.run("s3_isolate", frame, "vif1").retval == DROP
     assert rig.run("s3_isolate", frame, "standby1").retval != DROP
     assert rig.run("s2_output", udp(next_port(), b"said"), "vif1").retval == DROP
+
+
+@pytest.fixture
+def both(rig: Rig, vifs: Vifs) -> Iterator[Vifs]:
+    """The pair with a second NIC, whose two vifs are any other devices."""
+    other = replace(SPEC, nic=5, vif="vif5", standby_vif="standby5", fwd="fwd1", vlan=5)
+    for device in ("vif5", "standby5"):
+        subprocess.run(["ip", "link", "add", device, "type", "veth", "peer", "name", f"{device}p"], check=True)
+        subprocess.run(["ip", "link", "set", device, "up"], check=True)
+        rig.ifindex[device] = socket.if_nametoindex(device)
+    rig.plane.attach(other, rps=False)
+    yield Vifs(rig.control, PAIR, (NIC, other.nic))
+    rig.plane.detach(other.nic)
+    for device in ("vif5", "standby5"):
+        subprocess.run(["ip", "link", "del", device], check=True)
+
+
+def test_a_service_that_dies_while_it_settles_leaves_no_pair_in_two_halves(rig: Rig, vifs: Vifs, both: Vifs) -> None:
+    both.offer({NIC: rig.ifindex["standby1"], 5: rig.ifindex["standby5"]})
+    rig.control.clear_translations(PAIR)
+    epoch = rig.control.state(PAIR).epoch
+    vifs.settle()  # the first NIC alone
+    both.withdraw()  # the next service begins with that
+    assert [both.here(NIC), both.here(5)] == [rig.ifindex["standby1"], rig.ifindex["standby5"]]
+    assert rig.control.state(PAIR).epoch == epoch
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """In the middle of attach(), which a service that has just started runs in a thread."""
+    before = tuning.offloads_off
+
+    def offloads_off(name: str) -> None:
+        act()
+        before(name)
+
+    monkeypatch.setattr(tuning, "offloads_off", offloads_off)
+
+
+def test_an_svm_that_is_exchanged_while_its_nic_is_attached_again_stays_exchanged(
+    rig: Rig, vifs: Vifs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer(rig, vifs)
+    rig.control.clear_translations(PAIR)
+    meanwhile(monkeypatch, vifs.settle)
+    rig.plane.attach(SPEC, rps=False)
+    assert (speaks(rig, "vif1"), speaks(rig, "standby1")) == (False, True)
+    assert vifs.here(NIC) == rig.ifindex["standby1"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_offer_outlives_an_attach(rig: Rig, vifs: Vifs, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Also one that comes when the NIC was registered already, and fails then: it puts back what was there before."""
+
+    def spread_receive(name: str) -> None:
+        offer(rig, vifs)
+        raise DeviceError("no RPS")
+
+    if fails:
+        monkeypatch.setattr(tuning, "spread_receive", spread_receive)
+        with pytest.raises(DeviceError, match="no RPS"):
+            rig.plane.attach(SPEC)
+    else:
+        meanwhile(monkeypatch, lambda: offer(rig, vifs))
+        rig.plane.attach(SPEC, rps=False)
+    rig.control.clear_translations(PAIR)
+    assert (speaks(rig, "vif1"), speaks(rig, "standby1")) == (False, True)
 
 
 def test_attaching_again_keeps_the_guest_where_it_is(rig: Rig, vifs: Vifs) -> None:
