@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable
 from dataclasses import replace
 
-from coloebpf.errors import ServiceError
+from coloebpf.errors import ColoError, ServiceError
 from coloebpf.model import State
 from coloebpf.service import config_reload
 from coloebpf.service.assemble import Service
@@ -16,6 +17,8 @@ from coloebpf.service.log import say
 
 log = logging.getLogger("coloebpf.reload")
 
+LEFT = "left"  # of Service.troubles: programs are still on NICs that no pair has any more
+
 
 async def apply(service: Service, new: Config) -> None:
     """Raises ServiceError, and has changed nothing, if a protected pair would have to go or to begin anew.
@@ -23,7 +26,8 @@ async def apply(service: Service, new: Config) -> None:
     Likewise PkiError if the link's certificates, which it takes anew, are no good. A ColoError of what fails later
     leaves `service.config` with what is served then.
 
-    What only a restart of the service can change stays as it is, and is said.
+    What only a restart of the service can change stays as it is, and is said. So are programs that can't be taken off a
+    pair's NICs: the pair is served no more, and the next reload tries it again.
     """
     change = config_reload.diff(service.config, new)
     anew = [one for one in change.changed if one.restart]
@@ -34,6 +38,8 @@ async def apply(service: Service, new: Config) -> None:
         service.hooks.check_loaded()
     service.renew_certificates()
     new = _kept(service.config, new, change)
+    if service.troubles.pop(LEFT, ""):
+        await _take_off(service, service.hooks.detach_others((*service.config.pairs, *new.pairs)))
     try:
         for pair in change.removed:
             await _end(service, pair)
@@ -82,7 +88,15 @@ def _kept(old: Config, new: Config, change: Reload) -> Config:
 async def _end(service: Service, pair: PairConfig) -> None:
     await service.drop(pair.number)
     service.watch()
-    await service.hooks.detach(pair)
+    await _take_off(service, service.hooks.detach(pair))
+
+
+async def _take_off(service: Service, detaching: Awaitable[object]) -> None:
+    try:
+        await detaching
+    except ColoError as e:
+        service.troubles[LEFT] = f"programs are left on a NIC that no pair has any more; reload to try it again: {e}"
+        say(log, logging.ERROR, "programs could not be taken off a NIC", error=e)
 
 
 async def _live(service: Service, change: PairChange) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +18,20 @@ from coloebpf.service.config import Config, PairConfig
 from coloebpf.service.daemon import Daemon
 from coloebpf.service.fdstore import Notifier
 from coloebpf.service.hooks import LOADING
-from coloebpf.service.reload import apply
+from coloebpf.service.reload import LEFT, apply
 from tests.service.test_config import config
 
 
 class Hooks:
-    """`loaded`: as after a start; `broken`: attach() fails for the pair of that name."""
+    """`loaded`: as after a start; `broken`: attach() fails for the pair of that name; `stuck`: detach() does.
 
-    loaded, broken = True, ""
+    `attached`: names of the pairs whose NICs have programs.
+    """
+
+    loaded, broken, stuck = True, "", ""
+
+    def __init__(self) -> None:
+        self.attached: set[str] = set()
 
     def check_loaded(self) -> None:
         if not self.loaded:
@@ -34,9 +41,21 @@ class Hooks:
         self.check_loaded()
         if pair.name == self.broken:
             raise ServiceError(f"no vif of {pair.name}")
+        self.attached.add(pair.name)
 
     async def detach(self, pair: PairConfig) -> None:
         self.check_loaded()
+        self._take_off(pair.name)
+
+    async def detach_others(self, pairs: Iterable[PairConfig]) -> list[str]:
+        for name in self.attached - {pair.name for pair in pairs}:
+            self._take_off(name)
+        return []
+
+    def _take_off(self, name: str) -> None:
+        if name == self.stuck:
+            raise ServiceError(f"{name} is stuck")
+        self.attached.discard(name)
 
     def set_timeouts(self, pairs: object) -> None: ...
 
@@ -51,6 +70,7 @@ class Running:
         self.watched: list[str] = []
         for pair in config.pairs:
             self._serve(pair)
+            self.hooks.attached.add(pair.name)
 
     def _serve(self, pair: PairConfig) -> None:
         machine = SimpleNamespace(state=State.UNPROTECTED)
@@ -99,6 +119,30 @@ def test_a_reload_that_fails_in_the_middle_is_done_again_by_the_next(service: Ru
     reload(service, config(NEWS))
     assert service.names == service.watched == ["web", "news"]
     assert service.config.pairs == config(NEWS).pairs
+
+
+def test_a_pair_that_can_not_be_detached_is_served_no_more_and_detached_by_the_next_reload(service: Running) -> None:
+    service.hooks.stuck = "mail"
+    for _ in range(2):
+        reload(service, config(NEWS))
+        assert service.names == service.watched == ["web", "news"]
+        assert [pair.name for pair in service.config.pairs] == ["web", "news"]
+        assert service.hooks.attached == {"web", "news", "mail"}
+        assert "mail is stuck" in service.troubles[LEFT]
+    service.hooks.stuck = ""
+    reload(service, config(NEWS))
+    assert service.hooks.attached == {"web", "news"}
+    assert service.troubles == {}
+
+
+def test_a_pair_that_comes_back_is_not_taken_off_as_a_left_one(service: Running) -> None:
+    service.hooks.stuck = "mail"
+    reload(service, config(NEWS))
+    service.hooks.stuck = ""
+    reload(service, config())
+    assert service.names == ["web", "mail"]
+    assert service.hooks.attached == {"web", "mail"}
+    assert service.troubles == {}
 
 
 def test_nothing_is_ended_before_the_dataplane_is_loaded(service: Running) -> None:
