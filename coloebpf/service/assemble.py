@@ -30,11 +30,11 @@ from coloebpf.service.log import say
 from coloebpf.service.machine import Change
 from coloebpf.service.metrics_server import MetricsServer, Page
 from coloebpf.service.orders import Orders
-from coloebpf.service.pair import Outside
+from coloebpf.service.outside import Outside
 from coloebpf.service.paths import Watch
+from coloebpf.service.peer.fields import SESSION_BYTES
 from coloebpf.service.peer.link import PeerLink
 from coloebpf.service.peer.messages import (
-    SESSION_BYTES,
     Beat,
     Bye,
     Hello,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 IFNAMSIZ = 15  # characters of a device's name, linux/if.h
 SUN_PATH = 107  # bytes of a UNIX socket's path, unix(7): 108 with the NUL
 PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "esp": 50, "icmpv6": 58, "sctp": 132}  # IANA's numbers
+HOUR_MS = 3_600_000
 MULTICAST_BIT = 1  # of a MAC address's first byte
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -96,6 +97,11 @@ def integer(low: int, high: int, unit: str = "") -> Kind:
     return Kind(
         f"a whole number{' of ' + unit if unit else ''} {limits}", read, f"{limits}{' ' + unit if unit else ''}"
     )
+
+
+def ms(low: int, high: int) -> Kind:
+    """A time in milliseconds."""
+    return integer(low, high, "milliseconds")
 
 
 def choice(*words: str) -> Kind:

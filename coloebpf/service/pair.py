@@ -10,17 +10,16 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from coloebpf.control import PairState
 from coloebpf.errors import ArbiterError, ColoError, PairError
 from coloebpf.model import Role, State
-from coloebpf.service.arbiters.base import Arbiter, Grant, Refusal, keep
+from coloebpf.service.arbiters.base import Grant, Refusal, keep
 from coloebpf.service.config import PairConfig
 from coloebpf.service.engine import Emit, Engine, EngineEvent, Talking
 from coloebpf.service.log import say
 from coloebpf.service.machine import REPLICATED, TRANSITIONS, Machine, Trigger
+from coloebpf.service.outside import Outside
 from coloebpf.service.peer.messages import EngineWord, Message, PairNote, StateNote
 
 log = logging.getLogger("coloebpf.pair")
@@ -31,41 +30,6 @@ OTHER_ROLE = {
     (Role.PRIMARY, State.PROMOTED): State.PASSTHROUGH,
     (Role.SECONDARY, State.PASSTHROUGH): State.HALTED,
 }
-
-
-class PairControl(Protocol):
-    """The part of coloebpf.control.Control that a pair needs."""
-
-    def state(self, pair: int) -> PairState: ...
-    def set_state(self, pair: int, state: State) -> None: ...
-    def deadline(self, pair: int) -> int: ...
-    def set_deadline(self, pair: int, deadline_ns: int) -> None: ...
-    def set_open_after(self, pair: int, ns: int) -> None: ...
-    def suspend(self, pair: int) -> int: ...
-    def commit(self, pair: int) -> int: ...
-    def clear_translations(self, pair: int) -> int: ...
-    def settle_translations(self, pair: int) -> None: ...
-    def kick(self) -> int: ...
-
-
-class Witness(Protocol):
-    """The part of coloebpf.service.heartbeat.Heartbeat that a pair needs."""
-
-    def set_granting(self, pair: int, on: bool) -> None: ...
-    def is_lost(self, pair: int) -> bool: ...
-    async def wait_safe(self, pair: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Outside:
-    """A supervisor's world. `send`: the link's, False without one. `announce`: tells the network where the guest is."""
-
-    control: PairControl
-    send: Callable[[Message], bool]
-    witness: Witness
-    arbiter: Arbiter
-    clock: Callable[[], int]
-    announce: Callable[[PairConfig], None]
 
 
 class Supervisor(ABC):

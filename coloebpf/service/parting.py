@@ -13,7 +13,8 @@ from coloebpf.service.asking import Reply
 from coloebpf.service.config import PairConfig
 from coloebpf.service.engine import Emit, Engine
 from coloebpf.service.machine import REPLICATED, Trigger
-from coloebpf.service.pair import Outside, Supervisor
+from coloebpf.service.outside import Outside
+from coloebpf.service.pair import Supervisor
 from coloebpf.service.peer import messages
 from coloebpf.service.peer.messages import EngineWord, Message, PairNote, Prepared, StateNote
 

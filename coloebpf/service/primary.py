@@ -27,7 +27,7 @@ from coloebpf.service.engine import (
     Suspended,
 )
 from coloebpf.service.machine import REPLICATED, Trigger
-from coloebpf.service.pair import Outside
+from coloebpf.service.outside import Outside
 from coloebpf.service.parting import NO_REPLICA, Parting
 from coloebpf.service.peer import messages
 from coloebpf.service.rules import Timings, Wish, decide

@@ -16,7 +16,8 @@ from coloebpf.service.comparer import Finding
 from coloebpf.service.config import PairConfig
 from coloebpf.service.engine import Emit, Engine
 from coloebpf.service.engines.model import ModelEngine
-from coloebpf.service.pair import Outside, Supervisor
+from coloebpf.service.outside import Outside
+from coloebpf.service.pair import Supervisor
 from coloebpf.service.peer.messages import Message
 from coloebpf.service.primary import Primary
 from coloebpf.service.secondary import Secondary

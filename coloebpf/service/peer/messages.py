@@ -9,93 +9,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from coloebpf.errors import MessageError
 from coloebpf.model import MAX_PAIRS, Role, State
+from coloebpf.service.peer import fields as wire
 from coloebpf.service.peer.witness import GRACE_MAX_MS
 
 VERSION = 1
 MAX_BYTES = 65_536  # of a frame behind its length; a hello of MAX_PAIRS pairs takes some 8,000
 HEADER_BYTES = 4
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")  # of a host or a pair, as the configuration has it
 MAX_REASON = 1000  # characters of a bye
-SESSION_BYTES = 16  # of a service instance's random cookie
 U32, U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
-Check = Callable[[Any], Any]
-
-
-def _wrong(what: str) -> NoReturn:
-    raise ValueError(what)
-
-
-def _integer(top: int) -> Check:
-    def check(value: Any) -> int:
-        # bool is an int to Python, not to us
-        return value if type(value) is int and 0 <= value <= top else _wrong(f"a number up to {top}")
-
-    return check
-
-
-def _text(longest: int) -> Check:
-    def check(value: Any) -> str:
-        fits = isinstance(value, str) and len(value) <= longest and value.isprintable()
-        return str(value) if fits else _wrong(f"a text of {longest} characters at most")
-
-    return check
-
-
-def _name(value: Any) -> str:
-    return str(value) if isinstance(value, str) and NAME.fullmatch(value) else _wrong("a name")
-
-
-def _cookie(value: Any) -> str:
-    plain = isinstance(value, str) and len(value) == 2 * SESSION_BYTES and not value.strip("0123456789abcdef")
-    return str(value) if plain else _wrong(f"{2 * SESSION_BYTES} hexadecimal digits")
-
-
-def _word(kind: type[Role] | type[State]) -> Check:
-    words = {member.name.lower(): member for member in kind}
-
-    def check(value: Any) -> Role | State:
-        return words[value] if isinstance(value, str) and value in words else _wrong(f"one of {', '.join(words)}")
-
-    return check
-
-
-def _many(check_one: Check) -> Check:
-    def check(value: Any) -> tuple[Any, ...]:
-        fits = isinstance(value, list) and len(value) <= MAX_PAIRS
-        return tuple(map(check_one, value)) if fits else _wrong(f"an array of {MAX_PAIRS} at most")
-
-    return check
-
-
-def _object(build: Callable[[], type[Any]]) -> Check:
-    return lambda value: _fill(build(), value) if isinstance(value, dict) else _wrong("an object")
-
-
-def _by(check: Check) -> dict[str, Check]:
-    """Metadata of a field: what its value on the wire has to pass."""
-    return {"check": check}
-
-
-_PAIR, _EPOCH, _TIME, _GRACE = _integer(MAX_PAIRS - 1), _integer(U32), _integer(U64), _integer(GRACE_MAX_MS)
+_PAIR, _EPOCH, _TIME, _GRACE = (
+    wire.integer(MAX_PAIRS - 1),
+    wire.integer(U32),
+    wire.integer(U64),
+    wire.integer(GRACE_MAX_MS),
+)
 
 
 @dataclass(frozen=True)
 class PairNote:
     """A pair as its host has it; in a hello."""
 
-    number: int = field(metadata=_by(_PAIR))
-    name: str = field(metadata=_by(_name))
-    role: Role = field(metadata=_by(_word(Role)))
-    state: State = field(metadata=_by(_word(State)))
-    epoch: int = field(metadata=_by(_EPOCH))
+    number: int = field(metadata=wire.by(_PAIR))
+    name: str = field(metadata=wire.by(wire.name))
+    role: Role = field(metadata=wire.by(wire.word(Role)))
+    state: State = field(metadata=wire.by(wire.word(State)))
+    epoch: int = field(metadata=wire.by(_EPOCH))
 
 
 @dataclass(frozen=True)
@@ -107,11 +51,11 @@ class Hello:
     """
 
     TYPE: ClassVar[str] = "hello"
-    name: str = field(metadata=_by(_name))
-    session: str = field(metadata=_by(_cookie))
-    connection: int = field(metadata=_by(_TIME))
-    lease_ns: int = field(metadata=_by(_TIME))
-    pairs: tuple[PairNote, ...] = field(metadata=_by(_many(_object(lambda: PairNote))))
+    name: str = field(metadata=wire.by(wire.name))
+    session: str = field(metadata=wire.by(wire.cookie))
+    connection: int = field(metadata=wire.by(_TIME))
+    lease_ns: int = field(metadata=wire.by(_TIME))
+    pairs: tuple[PairNote, ...] = field(metadata=wire.by(wire.many(wire.table(lambda: PairNote))))
 
 
 @dataclass(frozen=True)
@@ -122,10 +66,10 @@ class Beat:
     """
 
     TYPE: ClassVar[str] = "beat"
-    number: int = field(metadata=_by(_integer(U32)))
-    echo: int = field(metadata=_by(_integer(U32)))
-    echo_age_ns: int = field(metadata=_by(_TIME))
-    granted: tuple[int, ...] = field(metadata=_by(_many(_PAIR)))
+    number: int = field(metadata=wire.by(wire.integer(U32)))
+    echo: int = field(metadata=wire.by(wire.integer(U32)))
+    echo_age_ns: int = field(metadata=wire.by(_TIME))
+    granted: tuple[int, ...] = field(metadata=wire.by(wire.many(_PAIR)))
 
 
 @dataclass(frozen=True)
@@ -133,8 +77,8 @@ class Prepare:
     """To the secondary: clear the translations now, a checkpoint is about to be asked for."""
 
     TYPE: ClassVar[str] = "prepare"
-    pair: int = field(metadata=_by(_PAIR))
-    request: int = field(metadata=_by(_TIME))
+    pair: int = field(metadata=wire.by(_PAIR))
+    request: int = field(metadata=wire.by(_TIME))
 
 
 @dataclass(frozen=True)
@@ -142,8 +86,8 @@ class Prepared:
     """The secondary's answer to the `prepare` of the same `request`."""
 
     TYPE: ClassVar[str] = "prepared"
-    pair: int = field(metadata=_by(_PAIR))
-    request: int = field(metadata=_by(_TIME))
+    pair: int = field(metadata=wire.by(_PAIR))
+    request: int = field(metadata=wire.by(_TIME))
 
 
 @dataclass(frozen=True)
@@ -151,8 +95,8 @@ class Suspended:
     """The PVM stands still; `epoch` is the new one."""
 
     TYPE: ClassVar[str] = "suspended"
-    pair: int = field(metadata=_by(_PAIR))
-    epoch: int = field(metadata=_by(_EPOCH))
+    pair: int = field(metadata=wire.by(_PAIR))
+    epoch: int = field(metadata=wire.by(_EPOCH))
 
 
 @dataclass(frozen=True)
@@ -160,8 +104,8 @@ class Committed:
     """The secondary has the whole state of `epoch`."""
 
     TYPE: ClassVar[str] = "committed"
-    pair: int = field(metadata=_by(_PAIR))
-    epoch: int = field(metadata=_by(_EPOCH))
+    pair: int = field(metadata=wire.by(_PAIR))
+    epoch: int = field(metadata=wire.by(_EPOCH))
 
 
 @dataclass(frozen=True)
@@ -169,10 +113,10 @@ class EngineWord:
     """From one engine to the other (engine.Talking)."""
 
     TYPE: ClassVar[str] = "engine"
-    pair: int = field(metadata=_by(_PAIR))
-    word: str = field(metadata=_by(_name))
-    number: int = field(metadata=_by(_integer(U32)))
-    detail: str = field(metadata=_by(_text(MAX_REASON)))
+    pair: int = field(metadata=wire.by(_PAIR))
+    word: str = field(metadata=wire.by(wire.name))
+    number: int = field(metadata=wire.by(wire.integer(U32)))
+    detail: str = field(metadata=wire.by(wire.text(MAX_REASON)))
 
 
 @dataclass(frozen=True)
@@ -180,9 +124,9 @@ class StateNote:
     """The sender's side of the pair has a new state."""
 
     TYPE: ClassVar[str] = "state"
-    pair: int = field(metadata=_by(_PAIR))
-    state: State = field(metadata=_by(_word(State)))
-    epoch: int = field(metadata=_by(_EPOCH))
+    pair: int = field(metadata=wire.by(_PAIR))
+    state: State = field(metadata=wire.by(wire.word(State)))
+    epoch: int = field(metadata=wire.by(_EPOCH))
 
 
 @dataclass(frozen=True)
@@ -193,9 +137,9 @@ class Restarting:
     """
 
     TYPE: ClassVar[str] = "restarting"
-    ms: int = field(metadata=_by(_GRACE))
-    echo: int = field(metadata=_by(_integer(U32)))
-    granted: tuple[int, ...] = field(metadata=_by(_many(_PAIR)))
+    ms: int = field(metadata=wire.by(_GRACE))
+    echo: int = field(metadata=wire.by(wire.integer(U32)))
+    granted: tuple[int, ...] = field(metadata=wire.by(wire.many(_PAIR)))
 
 
 @dataclass(frozen=True)
@@ -203,8 +147,8 @@ class Patience:
     """The answer to `restarting`: so be it, for `ms`; so long the asking host may speak for the pairs `granted`."""
 
     TYPE: ClassVar[str] = "patience"
-    ms: int = field(metadata=_by(_GRACE))
-    granted: tuple[int, ...] = field(metadata=_by(_many(_PAIR)))
+    ms: int = field(metadata=wire.by(_GRACE))
+    granted: tuple[int, ...] = field(metadata=wire.by(wire.many(_PAIR)))
 
 
 @dataclass(frozen=True)
@@ -212,7 +156,7 @@ class Settled:
     """To the secondary: the primary's right to speak is that of a beat of this session, and no older or longer one."""
 
     TYPE: ClassVar[str] = "settled"
-    pair: int = field(metadata=_by(_PAIR))
+    pair: int = field(metadata=wire.by(_PAIR))
 
 
 @dataclass(frozen=True)
@@ -220,7 +164,7 @@ class Bye:
     """The service ends on purpose."""
 
     TYPE: ClassVar[str] = "bye"
-    reason: str = field(metadata=_by(_text(MAX_REASON)))
+    reason: str = field(metadata=wire.by(wire.text(MAX_REASON)))
 
 
 Message = (
@@ -283,7 +227,7 @@ def decode(body: bytes, seq: int) -> Message:
     if kind is None:
         raise MessageError("malformed", f"type {str(name)[:20]!r} is unknown")
     try:
-        message: Message = _fill(kind, content)
+        message: Message = wire.fill(kind, content)
         return message
     except ValueError as e:
         raise MessageError("malformed", f"{name}: {e}") from e
@@ -291,12 +235,12 @@ def decode(body: bytes, seq: int) -> Message:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    return found if len(found) == len(pairs) else _wrong("a key comes twice")
+    return found if len(found) == len(pairs) else wire.wrong("a key comes twice")
 
 
 # Made once: json.dumps() and json.loads() would make them anew for each message.
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
-_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_wrong)
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=wire.wrong)
 
 
 def _json(body: bytes) -> dict[str, Any]:
@@ -307,17 +251,3 @@ def _json(body: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MessageError("malformed", "no JSON object")
     return content
-
-
-def _fill(kind: type[Any], content: dict[str, Any]) -> Any:
-    """An instance of `kind`, each field checked. Raises ValueError with the field."""
-    fields = dataclasses.fields(kind)
-    if content.keys() != {f.name for f in fields}:
-        raise ValueError(f"has not just the fields {', '.join(f.name for f in fields)}")
-    values = {}
-    for f in fields:
-        try:
-            values[f.name] = f.metadata["check"](content[f.name])
-        except ValueError as e:
-            raise ValueError(f"{f.name} must be {e}") from e
-    return kind(**values)

@@ -1,0 +1,79 @@
+"""What a pair's configuration says of its engine: one table for each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from coloebpf.service import config_keys as keys
+from coloebpf.service.config_keys import HOUR_MS, Address, ms, setting, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibxlColoConfig:
+    """[pair.libxl_colo]: for engine = "libxl-colo", the endpoint of `xl remus -c -p`."""
+
+    listen: Address = setting(
+        keys.ADDRESS, "loopback; colo_checkpoint_host and colo_checkpoint_port of the first vif", shown="127.0.0.1:9000"
+    )
+    domain: str = setting(keys.NAME, "the guest's name in xl", shown="web")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """[pair.model]: for engine = "model", which copies nothing."""
+
+    commit_delay_ms: int = setting(ms(0, HOUR_MS), "from Suspended to Committed", 5, live=True)
+    copies: bool = setting(
+        keys.SWITCH, "false: the SVM goes on with its own TCP numbers, as guests that are processes do", True
+    )
+    socket: Path | None = setting(keys.optional(keys.SOCKET, None, "none"), "where tests tell it to fail or hang", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QemuDisk:
+    """[[pair.qemu.disk]]: a disk that the guest can write."""
+
+    node: str = setting(keys.NAME, "its node-name in QEMU, as -blockdev has it", shown="data")
+    directory: Path = setting(
+        keys.PATH, "where this host keeps the copy while it is the secondary", shown="/var/lib/coloebpf/web/data"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QemuConfig:
+    """[pair.qemu]: for engine = "qemu", guests of QEMU that are copied by live migration."""
+
+    qmp: Path = setting(
+        keys.SOCKET,
+        "where the guest's QMP answers if this host has started it; nobody else may use this socket",
+        shown="/run/web.qmp",
+    )
+    command: tuple[str, ...] = setting(
+        keys.WORDS,
+        "how this host starts a QEMU of the guest; {qmp}, {tap0}, {tap1}, ... (devices of the NICs, in their order) "
+        "{disk0}, ... (files of the disks, qcow2) and {name} (the pair's) are filled in, -S and -incoming are added",
+        shown=[
+            "qemu-system-x86_64", "-name", "{name}", "-m", "1G", "-qmp", "unix:{qmp},server=on,wait=off",
+            "-netdev", "tap,id=n0,ifname={tap0},script=no,downscript=no",
+            "-device", "virtio-net-pci,netdev=n0,mac=02:c0:10:00:00:01",
+            "-blockdev", "qcow2,node-name=data,file.driver=file,file.filename={disk0}",
+            "-device", "virtio-blk-pci,drive=data",
+        ],
+    )  # fmt: skip
+    listen: Address = setting(
+        keys.ADDRESS, "where this host takes the guest's memory; it is not encrypted on its way", shown="10.9.9.1:7790"
+    )
+    fill_mib_s: int = setting(
+        keys.integer(1, 100_000, "MiB/s"), "the guest's memory is copied in the background, so fast at most", 200
+    )
+    run_dir: Path = setting(
+        keys.SOCKET, "sockets and logs of the QEMUs that are started here", Path("/run/coloebpf/qemu")
+    )
+    disk_listen: Address | None = setting(
+        keys.optional(keys.ADDRESS, None, "no disks"),
+        "where this host takes what the guest writes to its disks; nobody but the other host may reach it",
+        None,
+        shown="10.9.9.1:7791",
+    )
+    disks: tuple[QemuDisk, ...] = table(QemuDisk, "disk", "its disks", (), many=True)
