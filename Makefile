@@ -2,7 +2,7 @@
 VENV := .venv
 PY   := $(VENV)/bin/python
 
-.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test clean
+.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test systemd-test clean
 
 help:
 	@echo "make lab      install what is needed and run the show: two virtual machines in lock-step on this machine"
@@ -72,7 +72,7 @@ failovers:
 	$(MAKE) venv
 	COLO_FAILOVERS=50 COLO_CHECKPOINTS=1000 $(PY) -m pytest tests/lab/test_virtual_failovers.py
 
-# Each fault at each moment, so many times (`make test` has each fault once); some three seconds each.
+# Each fault at each moment, so many times (`make test` has one of each kind); some three seconds each.
 faults:
 	$(MAKE) deps-test
 	$(MAKE) venv
@@ -88,6 +88,12 @@ vm-test:
 	$(MAKE) deps-test
 	$(MAKE) venv
 	$(PY) -m pytest tests/vm
+
+# The unit under a real systemd, in a virtual machine: a few minutes, most of them for one compiler on an emulated CPU.
+systemd-test:
+	$(MAKE) deps-test
+	$(MAKE) venv
+	COLO_SYSTEMD=1 $(PY) -m pytest -s tests/vm/test_systemd.py
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

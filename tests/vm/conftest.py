@@ -31,7 +31,7 @@ def debian_kernel() -> image.Kernel:
 def in_vm(debian_kernel: image.Kernel, tmp_path: Path) -> RunInVm:
     """Calls machine.run with this repository: `in_vm("uname -r", timeout_s=20)`."""
 
-    def run(command: str, timeout_s: float) -> Result:
-        return machine.run(debian_kernel, command, repo=REPO, work_dir=tmp_path, timeout_s=timeout_s)
+    def run(command: str, timeout_s: float, under: str = machine.INIT) -> Result:
+        return machine.run(debian_kernel, command, repo=REPO, work_dir=tmp_path, timeout_s=timeout_s, under=under)
 
     return run

@@ -23,6 +23,7 @@ VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")  # of qemu-system-common
 # Relative: a socket's path may have 107 bytes only. virtiofsd locks a file of that name: two machines may run at once.
 SOCKET = "virtiofs-{}.sock"
 PID_DIR = Path("/run/virtiofsd")  # where that file is; nobody else takes it away
+INIT, SYSTEMD = "init", "systemd"  # what is process 1
 MEMORY = "3G"
 CPUS = 2
 BOOT_LIMIT_S = 60  # measured: 4 s alone, three times that beside other work
@@ -50,19 +51,22 @@ class Result:
     seconds: float
 
 
-def run(kernel: Kernel, command: str, *, repo: Path, work_dir: Path, timeout_s: float) -> Result:
-    """Boots `kernel` and runs the shell text `command` in `repo` as root, for at most `timeout_s`."""
+def run(kernel: Kernel, command: str, *, repo: Path, work_dir: Path, timeout_s: float, under: str = INIT) -> Result:
+    """Boots `kernel` and runs the shell text `command` in `repo` as root, for at most `timeout_s`.
+
+    `under`: INIT, where process 1 does nothing but that, or SYSTEMD, where the command is a unit.
+    """
     for attempt in range(1, BOOT_TRIES):
         try:
-            return _run_once(kernel, command, repo, work_dir / f"boot{attempt}", timeout_s)
+            return _run_once(kernel, command, repo, work_dir / f"boot{attempt}", timeout_s, under)
         except BootStallError:
             continue
-    return _run_once(kernel, command, repo, work_dir / f"boot{BOOT_TRIES}", timeout_s)
+    return _run_once(kernel, command, repo, work_dir / f"boot{BOOT_TRIES}", timeout_s, under)
 
 
-def _run_once(kernel: Kernel, command: str, repo: Path, work_dir: Path, timeout_s: float) -> Result:
+def _run_once(kernel: Kernel, command: str, repo: Path, work_dir: Path, timeout_s: float, under: str) -> Result:
     work_dir.mkdir()
-    archive = initramfs.build(kernel, command, repo, work_dir)
+    archive = initramfs.build(kernel, command, repo, work_dir, under)
     output = work_dir / "output.log"
     start = time.monotonic()
     up_at: float | None = None
