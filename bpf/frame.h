@@ -6,6 +6,7 @@ struct place {
 	struct counters *count;
 	u32 state; /* enum pair_state, as the deadline leaves it */
 	u32 epoch;
+	u32 aliased; /* see struct pair */
 };
 
 static __always_inline void gauge_add(u32 which, s64 n)
@@ -36,6 +37,7 @@ static __always_inline bool place_of(struct place *at, struct nic *nic)
 	u64 word = *(volatile u64 *)pair, deadline = *(volatile u64 *)&pair->deadline_ns;
 	at->state = (u32)word;
 	at->epoch = word >> 32;
+	at->aliased = *(volatile u32 *)&pair->aliased;
 	u64 open_after = *(volatile u64 *)&pair->open_after_ns;
 	/* No process has to run for either. The lease by the fine clock: after a pause of the whole machine the coarse one stands still until the next tick. */
 	if (deadline && bpf_ktime_get_ns() > deadline)
@@ -109,6 +111,15 @@ static __always_inline bool place_of_id(struct place *at, u32 id)
 static __always_inline void drop(const struct place *at, u32 why)
 {
 	at->count->dropped[why & 31]++;
+}
+
+/* P2's packet goes on to the client: it gets the numbers that the client knows (bpf/alias.h), if there are connections that have others. */
+static __always_inline int to_client(struct __sk_buff *skb, const struct place *at)
+{
+	if (!at->aliased)
+		return VERDICT_PASS;
+	tc_stages.call(skb, STAGE_P2_ALIAS);
+	return VERDICT_DROP; /* never: a call is always left for it */
 }
 
 /* Only what a program of ours sent into the vif carries this mark. */

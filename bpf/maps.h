@@ -43,6 +43,7 @@ BPF_QUEUESTACK_PINNED("stack", full_magazines, u32, MAX_MAGAZINES, 0, PIN_DIR "/
 BPF_QUEUESTACK_PINNED("stack", empty_magazines, u32, MAX_MAGAZINES, 0, PIN_DIR "/empty_magazines"); /* likewise */
 BPF_QUEUESTACK_PINNED("stack", free_flows, u32, MAX_FLOWS, 0, PIN_DIR "/free_flows");       /* loader fills; whoever makes or ends a flow */
 BPF_TABLE_PINNED("lpm_trie", struct exempt_key, u32, exempt, 1024, PIN_DIR "/exempt", 1);   /* control -> P2, P3 (flag 1: BPF_F_NO_PREALLOC, a trie's must) */
+BPF_TABLE_PINNED("hash", struct flow_key, struct alias, aliases, MAX_FLOWS, PIN_DIR "/aliases", 1);    /* upkeep, control -> P1, P2, S1, S2, S3; not preallocated, it is empty as a rule */
 BPF_TABLE_PINNED("percpu_array", u32, struct counters, counters, MAX_NICS, PIN_DIR "/counters");    /* all programs -> control */
 BPF_TABLE_PINNED("percpu_array", u32, struct histogram, holding, MAX_NICS, PIN_DIR "/holding");     /* P2, drain -> control */
 BPF_TABLE_PINNED("percpu_array", u32, struct scratch, scratch, 2, PIN_DIR "/scratch");               /* each program for itself, for the length of one run */
@@ -67,6 +68,8 @@ BPF_TABLE_PINNED("prog", u32, u32, xdp_stages, 4, PIN_DIR "/xdp_stages");       
 #define STAGE_P4_DATAGRAM 8
 #define STAGE_ANSWER 9
 #define STAGE_LET_GO 10
+#define STAGE_P1_ALIAS 11
+#define STAGE_P2_ALIAS 12
 #define STAGE_P3 0 /* in xdp_stages */
 #define STAGE_S1_XDP 1
 

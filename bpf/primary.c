@@ -58,31 +58,40 @@ static __always_inline void note_client(struct __sk_buff *skb, const struct plac
 	bpf_spin_unlock(&f->lock);
 }
 
-/* P1, tc egress of the vif: every frame for the PVM goes to the SVM too. */
+/* Every frame for the PVM goes to the SVM too. */
+static __always_inline int mirror(struct __sk_buff *skb, struct place *at)
+{
+	if (at->state != LOCKSTEP && at->state != CHECKPOINTING && at->state != SYNCING)
+		return VERDICT_PASS;
+	if (at->state != SYNCING)
+		note_client(skb, at);
+	at->count->mirrored_packets++;
+	at->count->mirrored_bytes += skb->len;
+	if (!at->nic->vlan) {
+		if (bpf_clone_redirect(skb, at->nic->fwd, 0))
+			drop(at, DROP_EMIT);
+		return VERDICT_PASS;
+	}
+	if (bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021Q_), at->nic->vlan)) {
+		drop(at, DROP_EMIT);
+		return VERDICT_PASS;
+	}
+	if (bpf_clone_redirect(skb, at->nic->fwd, 0))
+		drop(at, DROP_EMIT);
+	bpf_skb_vlan_pop(skb);
+	return VERDICT_PASS;
+}
+
+/* P1, tc egress of the vif: what the bridge has for the PVM. */
 int p1_mirror(struct __sk_buff *skb)
 {
 	struct place at;
 	if (!place_of_vif(&at, skb->ifindex))
 		return VERDICT_PASS;
-	if (at.state != LOCKSTEP && at.state != CHECKPOINTING && at.state != SYNCING)
-		return VERDICT_PASS;
-	if (at.state != SYNCING)
-		note_client(skb, &at);
-	at.count->mirrored_packets++;
-	at.count->mirrored_bytes += skb->len;
-	if (!at.nic->vlan) {
-		if (bpf_clone_redirect(skb, at.nic->fwd, 0))
-			drop(&at, DROP_EMIT);
-		return VERDICT_PASS;
-	}
-	if (bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021Q_), at.nic->vlan)) {
-		drop(&at, DROP_EMIT);
-		return VERDICT_PASS;
-	}
-	if (bpf_clone_redirect(skb, at.nic->fwd, 0))
-		drop(&at, DROP_EMIT);
-	bpf_skb_vlan_pop(skb);
-	return VERDICT_PASS;
+	if (!at.aliased)
+		return mirror(skb, &at);
+	tc_stages.call(skb, STAGE_P1_ALIAS);
+	return VERDICT_DROP; /* never: it is this run's first call */
 }
 
 /* Copies the frame, with the tag that the kernel keeps beside it, into a slot. Returns the bytes there (no more than the slot takes) or 0. */
@@ -227,7 +236,7 @@ static __always_inline int come_back(struct __sk_buff *skb, const struct place *
 	}
 	skb->mark = 0;
 	skb->tc_index = 0;
-	return VERDICT_PASS;
+	return to_client(skb, at);
 }
 
 /* Looks after a flow's own high-water mark and its oldest packet. */
@@ -357,7 +366,7 @@ int p2_output(struct __sk_buff *skb)
 	at.count->output_bytes += skb->len;
 	if (at.state == UNPROTECTED || at.state == SYNCING) {
 		at.count->unprotected++;
-		return VERDICT_PASS;
+		return to_client(skb, &at);
 	}
 	if (at.state == HALTED || at.state == PROMOTED) {
 		drop(&at, DROP_HALTED);
@@ -404,7 +413,7 @@ int p2_output(struct __sk_buff *skb)
 	if (is_exempt(at.nic, &p->key)) {
 		give_slot(index);
 		at.count->exempt++;
-		return VERDICT_PASS;
+		return to_client(skb, &at);
 	}
 	why = DROP_TOO_LONG;
 	if (!v.part && len != skb->len + tagged) /* longer than a slot: can't be held, so it can't be taken */
@@ -416,7 +425,7 @@ int p2_output(struct __sk_buff *skb)
 	if (at.state == PASSTHROUGH && (!known || !holds(ref, now))) {
 		give_slot(index);
 		at.count->unprotected++;
-		return VERDICT_PASS;
+		return to_client(skb, &at);
 	}
 	if (!known && !make_flow(&at, &p->key, ref, now)) {
 		give_slot(index);
@@ -498,7 +507,7 @@ int hold(struct __sk_buff *skb)
 		}
 		int verdict = pass_original(skb, &at, mine, ack, win);
 		give_slot(index);
-		return verdict;
+		return verdict == VERDICT_PASS ? to_client(skb, &at) : verdict;
 	}
 	if (take == TAKE_SWALLOW || take == TAKE_CLOSED) {
 		why = take == TAKE_CLOSED ? DROP_CLOSED : DROP_FLOW_RACE;
@@ -583,7 +592,7 @@ int pass_whole(struct __sk_buff *skb)
 	}
 	bpf_spin_unlock(&f->lock);
 	if (!work)
-		return verdict;
+		return verdict == VERDICT_PASS ? to_client(skb, &at) : verdict;
 	if (verdict == VERDICT_PASS) { /* more came in the meantime: this one goes first, as a clone, then serves as vessel */
 		put_tag(skb, &at, index, f->generation, skb->cb[CB_MODE] & MODE_PARTIAL);
 		skb->cb[CB_MODE] |= MODE_CLONE_FIRST;
@@ -594,5 +603,5 @@ int pass_whole(struct __sk_buff *skb)
 		skb->tc_index = 0;
 	}
 	give_up(&at, f, index);
-	return verdict;
+	return verdict == VERDICT_PASS ? to_client(skb, &at) : verdict;
 }

@@ -72,29 +72,6 @@ int s1_deliver(struct __sk_buff *skb)
 	return bpf_redirect(vif_in(at.nic, a->from), 0);
 }
 
-/* Writes the edits into a packet whose checksum may still be partial: the helpers know. */
-static __always_inline bool apply(struct __sk_buff *skb, const struct edits *e, const struct packet *p, struct place *at)
-{
-	if (!e->count)
-		return true;
-	at->count->translated++;
-#pragma unroll
-	for (int i = 0; i < 10; i++) {
-		if (i >= e->count)
-			continue;
-		u32 off = e->at[i].off, old = e->at[i].old, new = e->at[i].new;
-		if (bpf_skb_store_bytes(skb, off, &new, 4, 0))
-			return false;
-		if ((off - p->l4) & 1) {
-			old = old << 8 | old >> 24;
-			new = new << 8 | new >> 24;
-		}
-		if (bpf_l4_csum_replace(skb, p->l4_check, old, new, 4))
-			return false;
-	}
-	return true;
-}
-
 /* S2, tc ingress of the vif: the SVM's output. */
 int s2_output(struct __sk_buff *skb)
 {

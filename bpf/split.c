@@ -164,7 +164,7 @@ static __always_inline int split_packet(struct __sk_buff *skb, u32 kind, int bat
 	bpf_spin_unlock(&f->lock);
 	if (drains) {
 		/* Before it passes whole nothing is sent that would come back and go on, so the calls that are left must do for all of it. */
-		bool fits = (next + batch - 1) / batch + steps / DRAIN_STEPS + 4 <= TAIL_CALLS;
+		bool fits = (next + batch - 1) / batch + steps / DRAIN_STEPS + 5 <= TAIL_CALLS;
 		struct scratch *notes = scratch.lookup(&zero);
 		if (notes)
 			notes->now = now;

@@ -1,88 +1,4 @@
-/* TCP numbers of a connection that the SVM opened with another ISN than the PVM: which fields of a segment change, and from what to what.
- * PVM's number = SVM's + delta. Client to SVM: ack, SACK blocks (RFC 2018) and timestamp echo (RFC 7323); SVM to client: seq and timestamp. */
-
-static __always_inline void edit(struct edits *e, u32 off, u32 old, u32 new)
-{
-	u32 i = e->count;
-	if (i >= MAX_EDITS - 1 || old == new)
-		return;
-	BOUND(i, MAX_EDITS - 1);
-	e->at[i].off = off;
-	e->at[i].old = old;
-	e->at[i].new = new;
-	e->count = i + 1;
-}
-
-/* Walks the TCP options. `echo`: the timestamp that changes is the echo, not the value. SACK blocks change only with `sack`. */
-static __always_inline void edit_options(struct edits *e, const struct view *v, const struct packet *p, u32 seq_delta, u32 ts_delta, bool echo, bool sack)
-{
-	u32 off = p->l4 + 20, end = off + p->options;
-
-#pragma nounroll
-	for (int i = 0; i < 40; i++) {
-		u8 *o = peek(v, off, 2);
-		if (off >= end || !o || o[0] == 0)
-			break;
-		if (o[0] == 1) {
-			off++;
-			BOUND(off, MAX_FRAME);
-			continue;
-		}
-		u32 len = o[1];
-		if (len < 2 || off + len > end)
-			break;
-		if (o[0] == 8 && len == 10 && ts_delta) {
-			u32 *t = peek(v, off + (echo ? 6 : 2), 4);
-			if (t && *t)
-				edit(e, off + (echo ? 6 : 2), *t, bpf_htonl(bpf_ntohl(*t) + ts_delta));
-		}
-		if (o[0] == 5 && sack && seq_delta) {
-#pragma unroll
-			for (int b = 0; b < 8; b++) {
-				u32 *edge = peek(v, off + 2 + 4 * b, 4);
-				if (2 + 4 * b + 4 <= len && edge)
-					edit(e, off + 2 + 4 * b, *edge, bpf_htonl(bpf_ntohl(*edge) + seq_delta));
-			}
-		}
-		off += len;
-		BOUND(off, MAX_FRAME);
-	}
-}
-
-/* Notes the timestamps option's fields, host order. False: there is none. */
-static __always_inline bool timestamps(const struct view *v, const struct packet *p, u32 *val, u32 *ecr)
-{
-	u32 off = p->l4 + 20, end = off + p->options;
-
-#pragma nounroll
-	for (int i = 0; i < 40; i++) {
-		u8 *o = peek(v, off, 10);
-		if (off >= end)
-			break;
-		if (!o) {
-			o = peek(v, off, 2);
-			if (!o || o[0] == 0)
-				break;
-			off += o[0] == 1 || o[1] < 2 ? 1 : o[1];
-			BOUND(off, MAX_FRAME);
-			continue;
-		}
-		if (o[0] == 0)
-			break;
-		if (o[0] == 8 && o[1] == 10) {
-			*val = be32_at(o + 2);
-			*ecr = be32_at(o + 6);
-			return true;
-		}
-		off += o[0] == 1 || o[1] < 2 ? 1 : o[1];
-		BOUND(off, MAX_FRAME);
-	}
-	return false;
-}
-
-#define NEAR_NUMBERS (1u << 26) /* bytes: more than segments of one VM's stream lie apart, however large its window */
-
-static __always_inline u32 apart(u32 a, u32 b) { return seq_lt(a, b) ? b - a : a - b; }
+/* TCP numbers of a connection that the SVM opened with another ISN than the PVM: what S1, S2 and S3 learn of them. PVM's number = SVM's + delta. */
 
 /* A checkpoint is under way, or has failed: is the SVM the one that opened this connection, or already a copy of the PVM? Nobody may be left who could
  * tell (the primary can die in between), but the SVM's next segment does: own_numbers(). Under the lock. */
@@ -91,13 +7,8 @@ static __always_inline bool in_doubt(const struct flow *f, const struct place *a
 	return f->epoch != at->epoch && (f->flags & FLOW_DELTA) && (s32)(f->epoch - kept) >= 0;
 }
 
-/* Does the SVM's segment continue the SVM's own numbers, not the PVM's? `sure`: only a clear answer counts, the connection's numbers are not in doubt. */
-static __always_inline bool own_numbers(const struct flow *f, u32 seq, bool sure)
-{
-	u32 last = f->flags & FLOW_SENT ? f->svm_high : f->svm_isn;
-	u32 own = apart(seq, last), copied = apart(seq, last + f->seq_delta);
-	return sure ? own <= NEAR_NUMBERS || copied > NEAR_NUMBERS : own <= copied;
-}
+/* What the SVM has sent last, in its own numbers, as far as it was seen. */
+static __always_inline u32 last_own(const struct flow *f) { return f->flags & FLOW_SENT ? f->svm_high : f->svm_isn; }
 
 static __always_inline u32 kept_epoch(const struct place *at)
 {
@@ -105,8 +16,8 @@ static __always_inline u32 kept_epoch(const struct place *at)
 	return pair ? *(volatile u32 *)&pair->kept_epoch : at->epoch;
 }
 
-/* From the client: what S1 and S3 learn from the segment, and change in it. Returns false for a segment that must not reach the SVM. */
-static __always_inline bool from_client(struct edits *e, const struct view *v, const struct packet *p, const struct place *at, u64 now)
+/* From the client: what S1 and S3 learn from the segment, and by how much its numbers change. Returns false for a segment that must not reach the SVM. */
+static __always_inline bool learn_input(const struct view *v, const struct packet *p, const struct place *at, u64 now, struct deltas *d)
 {
 	struct flow_ref ref;
 	u32 val = 0, ecr = 0, seq_delta = 0, ts_delta = 0;
@@ -170,15 +81,13 @@ static __always_inline bool from_client(struct edits *e, const struct view *v, c
 	if (flags & TCP_FIN)
 		f->flags |= FLOW_CLIENT_FIN;
 	bpf_spin_unlock(&f->lock);
-	if (flags & TCP_ACK)
-		edit(e, p->l4 + 8, bpf_htonl(p->ack), bpf_htonl(p->ack - seq_delta));
-	if (p->options && (seq_delta || ts_delta))
-		edit_options(e, v, p, -seq_delta, -ts_delta, true, true);
+	d->seq = seq_delta;
+	d->ts = ts_delta;
 	return good;
 }
 
-/* From the SVM: what S2 learns from the segment, and changes in it. */
-static __always_inline void from_svm(struct edits *e, const struct view *v, const struct packet *p, const struct place *at, u64 now)
+/* From the SVM: what S2 learns from the segment, and by how much its numbers change. */
+static __always_inline void learn_output(const struct view *v, const struct packet *p, const struct place *at, u64 now, struct deltas *d)
 {
 	struct flow_ref ref;
 	u32 val = 0, ecr = 0, seq_delta = 0, ts_delta = 0;
@@ -202,7 +111,7 @@ static __always_inline void from_svm(struct edits *e, const struct view *v, cons
 	f->last_ns = now;
 	bool doubt = in_doubt(f, at, kept), same = f->epoch == at->epoch;
 	if (doubt || (same && (f->flags & FLOW_DELTA))) /* also in this epoch: the old SVM may have opened it while the checkpoint was under way */
-		same = (flags & (TCP_SYN | TCP_RST)) || own_numbers(f, p->seq, same);
+		same = (flags & (TCP_SYN | TCP_RST)) || own_numbers(last_own(f), f->seq_delta, p->seq, same);
 	f->epoch = at->epoch;
 	if (!same)
 		f->flags = FLOW_LIVE | (opens ? 0 : FLOW_OPEN);
@@ -240,8 +149,34 @@ static __always_inline void from_svm(struct edits *e, const struct view *v, cons
 	if (flags & TCP_FIN)
 		f->flags |= FLOW_FIN;
 	bpf_spin_unlock(&f->lock);
-	if (!(flags & TCP_RST) || p->seq) /* a reset of what never was has number 0 on both sides */
-		edit(e, p->l4 + 4, bpf_htonl(p->seq), bpf_htonl(p->seq + seq_delta));
-	if (p->options && ts_delta)
-		edit_options(e, v, p, 0, ts_delta, false, false);
+	d->seq = seq_delta;
+	d->ts = ts_delta;
+}
+
+/* S1 and S3: what becomes of a segment of the client's. Returns false if it must not reach the SVM. */
+static __always_inline bool from_client(struct edits *e, const struct view *v, const struct packet *p, const struct place *at, u64 now)
+{
+	struct deltas d = {};
+	bool aliased = alias_input(p, at, now, &d) && at->state == PROMOTED; /* in lock-step S1 hears of the guest's own numbers */
+
+	if (!aliased) {
+		d.seq = d.ts = 0;
+		if (!learn_input(v, p, at, now, &d))
+			return false;
+	}
+	edit_input(e, v, p, d.seq, d.ts);
+	return true;
+}
+
+/* S2: what becomes of one of the SVM's. */
+static __always_inline void from_svm(struct edits *e, const struct view *v, const struct packet *p, const struct place *at, u64 now)
+{
+	struct deltas d = {};
+	bool aliased = alias_output(p, at, now, &d) && at->state == PROMOTED; /* in lock-step the primary does that */
+
+	if (!aliased) {
+		d.seq = d.ts = 0;
+		learn_output(v, p, at, now, &d);
+	}
+	edit_output(e, v, p, d.seq, d.ts);
 }

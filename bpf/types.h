@@ -12,7 +12,7 @@ struct pair {
 	u64 open_after_ns; /* the service is gone, and its policy is to go on without protection, once this has passed; 0: to hold */
 	u64 zero;          /* always 0, which the verifier doesn't know */
 	u32 kept_epoch;    /* on a secondary: TCP numbers learnt in this epoch or later may be true still, the checkpoints since have not committed */
-	u32 spare;
+	u32 aliased;    /* the map `aliases` has entries of this pair's NICs */
 	u64 compare_timeout_ns; /* a packet unproven for longer asks for a checkpoint; 0: the host's, settings.compare_timeout_ns */
 };
 
@@ -222,6 +222,19 @@ _Static_assert(sizeof(struct flow) % CACHE_LINE == 0, "struct flow fills its las
 #define FLOW_SENT 0x10000000u
 #define FLOW_AGAIN 0x20000000u
 #define FLOW_SVM_SYN 0x80000u /* `svm_isn` is the SYN that was matched last */
+
+/* A connection that a guest opened as an SVM, with numbers of its own: the client knows it by those of the PVM of that time, for as long as it lives
+ * (bpf/alias.h). All bytes, as each is written by another program, without a lock. */
+struct alias {
+	u32 seq_delta, ts_delta; /* the client's number = the guest's + delta */
+	u32 guest_isn;
+	u32 guest_high; /* with `doubt`: the guest's number that the next one is near to, see own_numbers() */
+	u64 last_ns;
+	u8 guest_fin, client_fin;
+	u8 reset;
+	u8 doubt; /* the guest may be a copy of that PVM after all: its next segment tells */
+	u32 spare;
+};
 
 /* What parse() finds in a frame. */
 struct packet {

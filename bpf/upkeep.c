@@ -112,6 +112,41 @@ static __always_inline void forget_stream(struct flow *f)
 	bpf_spin_unlock(&f->lock);
 }
 
+/* A promoted SVM is about to become a PVM: the numbers that S2 and S3 give the connections which it opened are P1's and P2's from here on. For pair cb[3]. */
+int keep_numbers(struct __sk_buff *skb)
+{
+	u32 next = skb->cb[1], end = skb->cb[2], pair = skb->cb[3];
+
+#pragma nounroll
+	for (int i = 0; i < SWEEP_BATCH; i++) {
+		if (next >= end)
+			break;
+		u32 index = next++, epoch;
+		struct flow *f = flows.lookup(&index);
+		struct alias a = {};
+		struct place at;
+		if (!f || (f->flags & (FLOW_LIVE | FLOW_DELTA)) != (FLOW_LIVE | FLOW_DELTA) || !place_of_id(&at, f->key.nic) || at.nic->pair != pair)
+			continue;
+		u32 kept = kept_epoch(&at);
+		bpf_spin_lock(&f->lock);
+		a.seq_delta = f->seq_delta;
+		a.ts_delta = f->ts_delta;
+		a.guest_isn = f->svm_isn;
+		a.guest_high = last_own(f);
+		a.last_ns = f->last_ns;
+		a.guest_fin = !!(f->flags & FLOW_FIN);
+		a.client_fin = !!(f->flags & FLOW_CLIENT_FIN);
+		a.reset = !!(f->flags & FLOW_RST);
+		a.doubt = in_doubt(f, &at, kept);
+		epoch = f->epoch;
+		bpf_spin_unlock(&f->lock);
+		if ((epoch == at.epoch || a.doubt) && (a.seq_delta | a.ts_delta))
+			aliases.insert(&f->key, &a);
+	}
+	skb->priority = next;
+	return VERDICT_DROP;
+}
+
 /* Looks for what waits too long, and ends idle flows. */
 int sweep(struct __sk_buff *skb)
 {

@@ -28,6 +28,7 @@ FLUSH_ROUNDS = 100_000  # flows a flush may touch before it says that something 
 GAUGE_FLOW_TOP = 2  # bpf/maps.h
 PAIR_WORDS = 6  # of 8 bytes in struct pair (bpf/types.h)
 KEPT_EPOCH_WORD, COMPARE_TIMEOUT_WORD = 4, 5
+ALIASED_SHIFT = 32  # `aliased` is the upper half of the word that `kept_epoch` is in
 EXEMPT_FIELDS_BITS = 32  # of struct exempt_key before `remote`: a prefix of the trie covers them always
 MAPPED_4 = bytes(10) + b"\xff\xff"  # begins an IPv4 address written as IPv6
 
@@ -205,7 +206,18 @@ class Control:
 
     def settle_translations(self, pair: int) -> None:
         """On a secondary: the checkpoint has committed, what was learnt before its epoch is void."""
-        self._words(pair)[KEPT_EPOCH_WORD] = self.state(pair).epoch
+        words = self._words(pair)
+        aliased = words[KEPT_EPOCH_WORD] >> ALIASED_SHIFT  # both halves are written by this process alone
+        words[KEPT_EPOCH_WORD] = aliased << ALIASED_SHIFT | self.state(pair).epoch
+
+    def set_aliased(self, pair: int, on: bool) -> None:
+        """The map `aliases` has entries for the pair (coloebpf/aliases.py); without this no program looks there."""
+        words = self._words(pair)
+        words[KEPT_EPOCH_WORD] = int(on) << ALIASED_SHIFT | words[KEPT_EPOCH_WORD] & 0xFFFFFFFF
+
+    def keep_numbers(self, pair: int) -> None:
+        """Makes such entries of what S2 and S3 know: a promoted SVM is about to become a PVM."""
+        self._walk("keep_numbers", FLUSH_ROUNDS, pair)
 
     def kick(self) -> int:
         """Sends whatever may leave. Returns how many packets were released meanwhile."""
@@ -224,11 +236,11 @@ class Control:
         """
         return self._walk_part("sweep", start, runs)
 
-    def _walk(self, program: str, rounds: int) -> None:
-        if self._walk_part(program, 0, rounds):
+    def _walk(self, program: str, rounds: int, pair: int = 0) -> None:
+        if self._walk_part(program, 0, rounds, pair):
             raise BpfError(f"{program} did not come to an end in {rounds} runs")
 
-    def _walk_part(self, program: str, start: int, rounds: int) -> int:
+    def _walk_part(self, program: str, start: int, rounds: int, pair: int = 0) -> int:
         """Runs `program` over the flows that were ever used, from `start` on; it says in `priority` where it stopped.
 
         Returns that, or 0 at the end. One walk at a time: kernels before 6.2 let two interrupt each other on one CPU.
@@ -241,7 +253,7 @@ class Control:
             for _ in range(rounds):
                 if here >= top.value:
                     break
-                ctx = bpfsys.sk_buff(0, here, top.value)
+                ctx = bpfsys.sk_buff(0, here, top.value, pair)
                 run = bpfsys.test_run(self.fd(program), FRAME, ctx=ctx, want_ctx=len(ctx))
                 here = int.from_bytes(run.ctx[bpfsys.PRIORITY_OFFSET : bpfsys.PRIORITY_OFFSET + 4], "little")
         return here if here < top.value else 0

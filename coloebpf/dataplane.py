@@ -39,6 +39,8 @@ TC_STAGES = (
     "p4_datagram",
     "answer",
     "let_go",
+    "p1_alias",
+    "p2_alias",
 )
 XDP_STAGES = ("p3_arrive", "s1_arrive")
 STREAM_WORDS, DGRAM_WORDS, HASH_PAD = 512, 16384, 32  # of bpf/constants.h

@@ -9,14 +9,15 @@ from coloebpf.shapes import RUN_DIR, Shapes
 TC_PROGRAMS = (
     "p1_mirror", "p2_output", "hold", "split", "split_udp", "pass_whole", "partial", "p4_prove", "p4_datagram",
     "answer", "drain", "s1_deliver", "s2_output", "s3_isolate", "link_deliver", "let_go", "flush", "sweep",
+    "p1_alias", "p2_alias", "keep_numbers",
 )  # fmt: skip
 XDP_PROGRAMS = ("link_arrive", "p3_arrive", "s1_arrive")
 MAPS = (
     "settings", "hash_keys", "pairs", "nics", "vif_hints", "nic_by_id", "links", "fwd_beats", "walks", "flow_refs",
     "flows", "held", "slab", "magazines", "full_magazines", "empty_magazines", "free_flows", "exempt", "counters",
-    "holding", "scratch", "gauges", "tc_stages", "xdp_stages", "last_events", "events",
+    "holding", "scratch", "gauges", "tc_stages", "xdp_stages", "last_events", "events", "aliases",
 )  # fmt: skip
-UPKEEP = ("flush", "sweep")  # programs that user space runs
+UPKEEP = ("flush", "sweep", "keep_numbers")  # programs that user space runs
 
 
 def any_there(pin_dir: Path) -> bool:

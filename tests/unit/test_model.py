@@ -93,6 +93,8 @@ def test_constants(ours: int, name: str) -> None:
         (dataplane.TC_STAGES.index("hold"), "STAGE_HOLD", MAPS),
         (dataplane.TC_STAGES.index("split_udp"), "STAGE_SPLIT_UDP", MAPS),
         (dataplane.TC_STAGES.index("partial"), "STAGE_PARTIAL", MAPS),
+        (dataplane.TC_STAGES.index("p1_alias"), "STAGE_P1_ALIAS", MAPS),
+        (dataplane.TC_STAGES.index("p2_alias"), "STAGE_P2_ALIAS", MAPS),
         (dataplane.XDP_STAGES.index("p3_arrive"), "STAGE_P3", MAPS),
         (dataplane.XDP_STAGES.index("s1_arrive"), "STAGE_S1_XDP", MAPS),
     ],

@@ -1,0 +1,52 @@
+/* Connections that the client knows by other numbers than their guest. A guest that was an SVM has opened some with numbers of its own, and S1 and S2
+ * translated for it (bpf/translate.h). When it is promoted those are the guest's numbers for good, and when it is protected again, they are what both VMs
+ * have, what is compared and held, and what a checkpoint copies. So the client's numbers are translated where its frames come in and go out, by P1 and P2
+ * (bpf/alias.c), and the next secondary, which hears nothing but the guest's, has these entries too, for when it is promoted: by S2 and S3.
+ *
+ * An entry is made by user space (keep_numbers() of bpf/upkeep.c, or the other host's), once, and ends with its connection. */
+
+/* A segment from the client. False: the connection has no other numbers. */
+static __always_inline bool alias_input(const struct packet *p, const struct place *at, u64 now, struct deltas *d)
+{
+	if (!at->aliased || (p->tcp_flags & TCP_SYN)) /* a late one, or another connection's, whose answer ends the entry */
+		return false;
+	struct alias *a = aliases.lookup((struct flow_key *)&p->key);
+	if (!a)
+		return false;
+	a->last_ns = now;
+	if (p->tcp_flags & TCP_FIN)
+		a->client_fin = 1;
+	if (p->tcp_flags & TCP_RST)
+		a->reset = 1;
+	if (!a->doubt) {
+		d->seq = a->seq_delta;
+		d->ts = a->ts_delta;
+	}
+	return true;
+}
+
+/* A segment from the guest. */
+static __always_inline bool alias_output(const struct packet *p, const struct place *at, u64 now, struct deltas *d)
+{
+	if (!at->aliased)
+		return false;
+	struct alias *a = aliases.lookup((struct flow_key *)&p->key);
+	if (!a)
+		return false;
+	if ((p->tcp_flags & TCP_SYN) && p->seq != a->guest_isn) { /* the ports are used again */
+		aliases.delete((struct flow_key *)&p->key);
+		return false;
+	}
+	if (a->doubt && !(p->tcp_flags & (TCP_SYN | TCP_RST))) {
+		if (!own_numbers(a->guest_high, a->seq_delta, p->seq, false))
+			a->seq_delta = a->ts_delta = 0;
+		a->doubt = 0;
+	}
+	a->last_ns = now;
+	if (p->tcp_flags & TCP_FIN)
+		a->guest_fin = 1;
+	a->reset = !!(p->tcp_flags & TCP_RST); /* it goes on: what the client's side has said did not end it */
+	d->seq = a->seq_delta;
+	d->ts = a->ts_delta;
+	return true;
+}

@@ -1,0 +1,102 @@
+"""Connections that clients know by other numbers than their guest (bpf/alias.h): kept, handed on, ended.
+
+They come up when an SVM that was promoted becomes a PVM, and go with the guest from then on: to each new secondary, as
+text for the services' link.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import socket
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from coloebpf import bpfsys
+from coloebpf.control import Control
+
+# The NIC (as the pair counts them), ports, tags, addresses, both deltas, the guest's ISN and position, then ENDS as bits
+FORM = struct.Struct("!5H16s16s4IB")
+TEXT_LENGTH = 2 * FORM.size
+ENDS = ("guest_fin", "client_fin", "reset", "doubt")
+KIND_TCP = 1  # bpf/types.h
+# As IDLE_CLOSED and IDLE_TCP of bpf/constants.h have it for flows.
+IDLE_CLOSED_NS, IDLE_TCP_NS = 10 * 10**9, 432_000 * 10**9
+
+
+class Aliases:
+    """Those of one pair, with NICs of the numbers `nics`, in the order that both hosts have them in."""
+
+    def __init__(self, control: Control, pair: int, nics: tuple[int, ...]) -> None:
+        self._control, self._pair, self._nics = control, pair, nics
+
+    def keep(self) -> int:
+        """Before a promoted SVM becomes a PVM: makes entries of what its translations were. Returns how many are."""
+        self._control.keep_numbers(self._pair)
+        return self._note()
+
+    def texts(self) -> list[str]:
+        """All of them, for the other host."""
+        return [self._text(key, alias) for key, alias in self._all()]
+
+    def take(self, texts: Iterable[str], anew: bool) -> None:
+        """What the other host has said; `anew`: in place of all that was here. Raises ValueError for no such text."""
+        if anew:
+            for key, _ in self._all():
+                bpfsys.delete(self._fd, key)
+        for text in texts:
+            bpfsys.update(self._fd, *self._read(text))
+        self._note()
+
+    def end_idle(self) -> int:
+        """Those whose connections have ended go. Returns how many are left."""
+        now = time.monotonic_ns()
+        for key, alias in self._all():
+            closed = alias.reset or (alias.guest_fin and alias.client_fin)
+            if now - alias.last_ns > (IDLE_CLOSED_NS if closed else IDLE_TCP_NS):
+                bpfsys.delete(self._fd, key)
+        return self._note()
+
+    @property
+    def _fd(self) -> int:
+        return self._control.fd("aliases")
+
+    def _note(self) -> int:
+        left = sum(1 for _ in self._all())
+        self._control.set_aliased(self._pair, left > 0)
+        return left
+
+    def _all(self) -> Iterator[tuple[Any, Any]]:
+        kinds = self._control.shapes
+        unlike = {bytes(key): key for key in bpfsys.keys(self._fd, kinds.key("aliases"))}  # the list may begin again
+        for key in unlike.values():
+            alias = kinds.leaf("aliases")()
+            if key.nic in self._nics and bpfsys.lookup(self._fd, key, alias):
+                yield key, alias
+
+    def _text(self, key: Any, alias: Any) -> str:
+        ends = sum(bool(getattr(alias, name)) << bit for bit, name in enumerate(ENDS))
+        ports = socket.ntohs(key.guest_port), socket.ntohs(key.remote_port)
+        words = alias.seq_delta, alias.ts_delta, alias.guest_isn, alias.guest_high
+        addresses = bytes(key.guest), bytes(key.remote)
+        return FORM.pack(self._nics.index(key.nic), *ports, *key.vlan, *addresses, *words, ends).hex()
+
+    def _read(self, text: str) -> tuple[Any, Any]:
+        try:
+            nic, guest_port, remote_port, *rest = FORM.unpack(bytes.fromhex(text))
+        except struct.error as e:
+            raise ValueError(f"{text[:20]!r} is no alias: {e}") from e
+        if nic >= len(self._nics):
+            raise ValueError(f"the pair has no NIC {nic + 1}")
+        key, alias = self._control.shapes.key("aliases")(), self._control.shapes.leaf("aliases")()
+        key.nic, key.proto, key.kind = self._nics[nic], socket.IPPROTO_TCP, KIND_TCP
+        key.guest_port, key.remote_port = socket.htons(guest_port), socket.htons(remote_port)
+        key.vlan[:] = rest[:2]
+        for field, address in (("guest", rest[2]), ("remote", rest[3])):
+            ct.memmove(ct.addressof(key) + getattr(type(key), field).offset, address, len(address))
+        alias.seq_delta, alias.ts_delta, alias.guest_isn, alias.guest_high, ends = rest[4:]
+        for bit, name in enumerate(ENDS):
+            setattr(alias, name, ends >> bit & 1)
+        alias.last_ns = time.monotonic_ns()
+        return key, alias
