@@ -13,7 +13,7 @@ from coloebpf import bpfsys
 from coloebpf.aliases import FORM, IDLE_CLOSED_NS, TEXT_LENGTH, Aliases
 from coloebpf.model import Role, State
 from tests.unit.conftest import SPECS
-from tests.unit.rig import DROP, PASS, Rig, next_port, tcp
+from tests.unit.rig import DROP, PASS, Rig, tcp
 from tests.unit.test_translate import (
     CLIENT_ISN,
     M32,
@@ -181,9 +181,7 @@ def test_the_next_secondary_needs_them_when_it_is_promoted_and_not_before(
     rig.control.set_state(1, State.PROMOTED)
     out = c.svm(5, b"x", verdict=PASS, ack=CLIENT_ISN + 1, options=c.stamp(OWN_TS + 9, 1))
     assert (out.seq, options(out)["Timestamp"]) == (KNOWN + 5, (KNOWN_TS + 9, 1))
-    segment = tcp(
-        c.port, CLIENT_ISN + 1, b"q", ack=KNOWN + 6, output=False, options=c.stamp(2, KNOWN_TS + 9), **where
-    )
+    segment = tcp(c.port, CLIENT_ISN + 1, b"q", ack=KNOWN + 6, output=False, options=c.stamp(2, KNOWN_TS + 9), **where)
     run = rig.run("s3_isolate", segment, "vif1")
     into = checked(run.data)
     assert (run.retval, into.ack, options(into)["Timestamp"]) == (PASS, (OWN + 6) & M32, (2, OWN_TS + 9))
@@ -223,7 +221,9 @@ def test_the_same_ports_again_on_the_next_secondary(rig: Rig, aliases: Aliases) 
     assert aliases.texts() == []
 
 
-@pytest.mark.parametrize("how", ["closed", "reset by the client", "reset by the guest", "open", "half closed", "refused reset"])
+@pytest.mark.parametrize(
+    "how", ["closed", "reset by the client", "reset by the guest", "open", "half closed", "refused reset"]
+)
 def test_an_entry_goes_when_its_connection_has_ended(
     rig: Rig, aliases: Aliases, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
