@@ -16,7 +16,7 @@ from typing import Any
 from coloebpf import bpfsys
 from coloebpf.control import Control
 
-# The NIC (as the pair counts them), ports, tags, addresses, both deltas, the guest's ISN and position, then ENDS as bits
+# The NIC (as the pair counts them), ports, tags, addresses, both deltas, the guest's ISN and position, ENDS as bits
 FORM = struct.Struct("!5H16s16s4IB")
 TEXT_LENGTH = 2 * FORM.size
 ENDS = ("guest_fin", "client_fin", "reset", "doubt")

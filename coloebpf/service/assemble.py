@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from coloebpf.aliases import Aliases
 from coloebpf.control import Control
 from coloebpf.errors import AnnounceError, ArbiterError, ColoError, EngineError, ServiceError
 from coloebpf.model import Role, Sizes
@@ -176,7 +177,8 @@ class Service:
         heartbeat, link = self.heartbeat, self.link
         assert heartbeat is not None and link is not None, "pairs need a peer: config_checks"
         arbiter = await self._arbiter(config.arbiter)
-        outside = Outside(self.control, link.send, heartbeat, arbiter, self.clock, self._announce)
+        aliases = Aliases(self.control, config.number, tuple(nic.number for nic in config.nics))
+        outside = Outside(self.control, link.send, heartbeat, arbiter, self.clock, self._announce, aliases)
         kind = Primary if config.role is Role.PRIMARY else Secondary
         pair = kind(config, partial(making.make, config, self.notifier, self.control, link.send), outside)
         self.hooks.exempt(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,15 @@ class PairControl(Protocol):
     def kick(self) -> int: ...
 
 
+class PairAliases(Protocol):
+    """The part of coloebpf.aliases.Aliases that a pair needs."""
+
+    def keep(self) -> int: ...
+    def texts(self) -> list[str]: ...
+    def take(self, texts: Sequence[str], anew: bool) -> None: ...
+    def end_idle(self) -> int: ...
+
+
 class Witness(Protocol):
     """The part of coloebpf.service.heartbeat.Heartbeat that a pair needs."""
 
@@ -46,3 +55,4 @@ class Outside:
     arbiter: Arbiter
     clock: Callable[[], int]
     announce: Callable[[PairConfig], None]
+    aliases: PairAliases

@@ -25,6 +25,7 @@ from coloebpf.service.peer.messages import EngineWord, Message, PairNote, StateN
 log = logging.getLogger("coloebpf.pair")
 
 MS = 1_000_000  # ns
+ALIASES_PERIOD_NS = 5_000 * MS  # between two looks at which have ended: they stay for 10 s after their end
 # What a state becomes when the roles were exchanged in the file: who was alone with the guest still is.
 OTHER_ROLE = {
     (Role.PRIMARY, State.PROMOTED): State.PASSTHROUGH,
@@ -45,6 +46,7 @@ class Supervisor(ABC):
         self.told = False  # the last change of state has been sent
         self.deadline_ns = 0
         self.open_after_ns = 0  # from then on the programs let everything pass; 0: never
+        self._aliases_after_ns = 0
         self.peer_state: State | None = None
         self._asking: asyncio.Task[None] | None = None
         self._unanswered = False  # the arbiter has not said anything yet
@@ -57,6 +59,10 @@ class Supervisor(ABC):
         """Goes on with the state that the dataplane has. Raises EngineError if the engine can't be started."""
         kept = self.out.control.state(self.number).state
         if (self.config.role, kept) in OTHER_ROLE:
+            if kept is State.PROMOTED:
+                # Before the state: P2 and P1 take the place of S2 and S3 after it, and have to know what these do.
+                number = self.out.aliases.keep()
+                self.say(logging.INFO, "connections are known to clients by other numbers", connections=number)
             kept = OTHER_ROLE[self.config.role, kept]
             self.out.control.set_state(self.number, kept)
         if self.config.role is Role.PRIMARY and self.config.on_service_loss == "open" and kept is State.LOCKSTEP:
@@ -89,6 +95,9 @@ class Supervisor(ABC):
         after = self.config.service_loss_after_ms * MS
         self.open_after_ns = self.out.clock() + after if self.config.on_service_loss == "open" else 0
         self.out.control.set_open_after(self.number, self.open_after_ns)
+        if self._aliases_after_ns < self.out.clock():
+            self._aliases_after_ns = self.out.clock() + ALIASES_PERIOD_NS
+            self.out.aliases.end_idle()
 
     def reconfigure(self, config: PairConfig) -> None:
         """Takes over what a reload may change in a running pair (config_reload.PairChange without `restart`)."""

@@ -16,7 +16,7 @@ from coloebpf.service.machine import REPLICATED, Trigger
 from coloebpf.service.outside import Outside
 from coloebpf.service.pair import Supervisor
 from coloebpf.service.peer import messages
-from coloebpf.service.peer.messages import EngineWord, Message, PairNote, Prepared, StateNote
+from coloebpf.service.peer.messages import AliasesTaken, EngineWord, Message, PairNote, Prepared, StateNote
 
 DISMISS_S = 1.0  # for the secondary's answer: one write into a map and a message, or its host is in trouble
 DISMISSED = 1  # what a dismissal waits for
@@ -42,6 +42,10 @@ class Parting(Supervisor):
     @abstractmethod
     def prepared(self, request: int) -> None:
         """The secondary's answer to a `prepare`."""
+
+    @abstractmethod
+    def aliases_taken(self, request: int) -> None:
+        """The secondary's answer to `aliases`."""
 
     def lease(self, deadline_ns: int) -> None:
         """The secondary lets this host speak until then."""
@@ -73,6 +77,8 @@ class Parting(Supervisor):
                 self.consider()
             case Prepared():
                 self.prepared(message.request)
+            case AliasesTaken():
+                self.aliases_taken(message.request)
             case EngineWord():
                 self.engine_word(message)
 

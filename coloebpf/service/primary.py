@@ -26,6 +26,7 @@ from coloebpf.service.engine import (
     SecondaryGone,
     Suspended,
 )
+from coloebpf.service.handing import Handing
 from coloebpf.service.machine import REPLICATED, Trigger
 from coloebpf.service.outside import Outside
 from coloebpf.service.parting import NO_REPLICA, Parting
@@ -43,6 +44,7 @@ class Primary(Parting):
         self.ledger = Ledger(Timings.of(config))
         self._timer: asyncio.TimerHandle | None = None
         self._asker = Asker(self.number, outside.send, self._stop_proving, self._ask_engine, self._give_up)
+        self._handing = Handing(self.number, outside.send, outside.aliases)
         self._beginning: asyncio.Task[None] | None = None
         self._outdated = False  # the checkpoint under way does not have all that the client was sent
 
@@ -181,6 +183,10 @@ class Primary(Parting):
         """See Parting."""
         self._asker.prepared(request)
 
+    def aliases_taken(self, request: int) -> None:
+        """See Parting."""
+        self._handing.taken(request)
+
     def engine_event(self, event: EngineEvent) -> None:
         """See Supervisor."""
         match event:
@@ -266,9 +272,11 @@ class Primary(Parting):
         try:
             self.let_right_go()
             self.set_deadline(0)  # the secondary is no replica: nobody else can speak for the guest
+            if number := await self._handing.run():
+                self.say(logging.INFO, "the secondary knows the numbers of older connections", connections=number)
             await self.out.arbiter.begin(self.config)
             self._recorded = True
-        except ArbiterError as e:
+        except (ArbiterError, PairError) as e:
             self.say(logging.WARNING, "the protection can't begin yet", error=e)
             await asyncio.sleep(RETRY_S)
         finally:

@@ -54,6 +54,19 @@ class Secondary(Supervisor):
                 self.go(Trigger.SYNCED if synced else Trigger.COMMITTED, "this host has the whole state")
             case EngineWord():
                 self.engine_word(message)
+            case messages.Aliases():
+                self._take_aliases(message)
+
+    def _take_aliases(self, message: messages.Aliases) -> None:
+        """Only before the first commit: a replica's own numbers are with those of the guest from then on."""
+        if self.machine.state is not State.SYNCING:
+            return
+        try:
+            self.out.aliases.take(message.entries, anew=message.part == 0)
+        except ValueError as e:
+            self.say(logging.ERROR, "the primary's connections can't be this host's: compare both files", error=e)
+            return
+        self.out.send(messages.AliasesTaken(self.number, message.request))
 
     def peer_says(self, state: State, live: bool) -> None:
         """See Supervisor. A primary that was halted as a replica's primary has given its right to this host."""

@@ -12,14 +12,45 @@ import pytest
 
 from coloebpf.lab.plan import PAIR
 from coloebpf.model import State
+from tests.lab import test_checkpoints, test_compare_acks, test_compare_again, test_gso, test_states
 from tests.lab.aliased import DELTA, TICKS, AliasedWire
 from tests.lab.conftest import LabMaker
 from tests.lab.heard import Heard, same_frames
 from tests.lab.talk import M32, Talk
 
-__all__ = [name for name in globals() if name.startswith("test_")]
-
 pytestmark = pytest.mark.lab
+
+RULES = (
+    test_checkpoints.test_a_flush_keeps_the_order,
+    test_checkpoints.test_a_stream_half_matched_at_the_checkpoint,
+    test_checkpoints.test_acks_after_a_checkpoint,
+    test_checkpoints.test_an_ack_of_the_new_svm_may_come_before_the_flush,
+    test_checkpoints.test_output_between_suspended_and_committed_waits_for_proof,
+    test_checkpoints.test_the_next_pvm_packet_finds_the_commit_too,
+    test_compare_acks.test_a_pure_ack_below_the_svms_goes_at_once,
+    test_compare_acks.test_a_sack_block_that_both_have_goes_out,
+    test_compare_acks.test_a_sack_block_that_the_svm_has_not_is_blanked,
+    test_compare_acks.test_a_shut_window_is_opened_again,
+    test_compare_acks.test_an_owed_ack_has_no_timestamps_where_there_are_none,
+    test_compare_acks.test_data_carry_the_lower_ack_and_window,
+    test_compare_acks.test_the_owed_ack_follows_when_the_svm_catches_up,
+    test_compare_again.test_a_pvm_only_retransmission_goes_out_at_once,
+    test_compare_again.test_a_repeated_fin_goes_out_at_once,
+    test_compare_again.test_a_retransmission_with_new_bytes_waits_for_them,
+    test_gso.test_a_checksum_left_open_is_right_at_the_client,
+    test_gso.test_a_super_packet_acknowledges_no_more_than_the_svm,
+    test_gso.test_a_super_packet_is_compared_as_the_segments_it_stands_for,
+    test_gso.test_fin_and_wrap,
+    test_gso.test_open_checksums_of_a_flow_that_releases_itself,
+    test_gso.test_super_packets_one_after_the_other,
+    test_gso.test_the_kernels_limit_of_tail_calls_leaves_no_owner_behind,
+    test_gso.test_the_svm_may_be_half_ahead,
+    test_states.test_passthrough_of_what_was_held_keeps_its_acks,
+    test_states.test_passthrough_releases_everything_in_order,
+    test_states.test_passthrough_sends_acks_and_windows_as_they_are,
+    test_states.test_without_protection_output_passes,
+)
+globals().update({rule.__name__: rule for rule in RULES})  # with the fixtures of this module
 
 TCP = 6
 SOFT = [("NOP", None), ("NOP", None)]

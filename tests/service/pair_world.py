@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +77,29 @@ class Dataplane:
         return 0
 
 
+class FakeAliases:
+    """Connections that have other numbers, as texts."""
+
+    def __init__(self, host: str, story: list[str]) -> None:
+        self.there: list[str] = []
+        self.looks = 0
+        self._host, self._story = host, story
+
+    def keep(self) -> int:
+        self._story.append(f"{self._host} keep")
+        return len(self.there)
+
+    def texts(self) -> list[str]:
+        return list(self.there)
+
+    def take(self, texts: Iterable[str], anew: bool) -> None:
+        self.there = [*([] if anew else self.there), *texts]
+
+    def end_idle(self) -> int:
+        self.looks += 1
+        return len(self.there)
+
+
 class FakeWitness:
     """Grants that nobody sees; `safe` may be held back."""
 
@@ -141,6 +164,7 @@ class Side:
     """One host's."""
 
     plane: Dataplane
+    aliases: FakeAliases
     witness: FakeWitness
     pair: Supervisor
     engine: ModelEngine
@@ -192,7 +216,7 @@ class World:
         plane = Dataplane(host, self.story, self.touch)
         if word is not None:
             plane.word = word
-        witness, engines = FakeWitness(), list[ModelEngine]()
+        aliases, witness, engines = FakeAliases(host, self.story), FakeWitness(), list[ModelEngine]()
 
         def make_engine(emit: Emit) -> Engine:
             engines.append(AskingEngine(host, self, emit, signals_suspended=not self._careful))
@@ -209,10 +233,10 @@ class World:
             return self.link
 
         outside = Outside(
-            plane, send, witness, self._arbiter, time.monotonic_ns, lambda c: self.announced.append(c.name)
+            plane, send, witness, self._arbiter, time.monotonic_ns, lambda c: self.announced.append(c.name), aliases
         )
         kind = Primary if role is P else Secondary
-        side = Side(plane, witness, kind(replace(self.config, role=role), make_engine, outside), engines[0])
+        side = Side(plane, aliases, witness, kind(replace(self.config, role=role), make_engine, outside), engines[0])
         side.pair.machine.listeners.append(lambda change: self.touch())
         return side
 

@@ -9,10 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coloebpf.aliases import TEXT_LENGTH
 from coloebpf.errors import MessageError
 from coloebpf.model import MAX_PAIRS, Role, State
 from coloebpf.service.peer import messages
 from coloebpf.service.peer.messages import (
+    ALIASES_MAX,
+    Aliases,
+    AliasesTaken,
     Beat,
     Bye,
     Committed,
@@ -45,6 +49,9 @@ EXAMPLES: list[Message] = [
     Settled(3),
     StateNote(1, State.HALTED, 9),
     Bye("stopped by the operator"),
+    Aliases(2, 1, 0, ()),
+    Aliases(2, 2, 1, ("0f" * (TEXT_LENGTH // 2),) * ALIASES_MAX),
+    AliasesTaken(2, 1),
 ]
 
 
@@ -98,7 +105,7 @@ def test_lengths() -> None:
         messages.body_bytes(b"\xff\xff\xff\xff")
 
 
-BEAT, HELLO, STATE = EXAMPLES[1], EXAMPLES[0], EXAMPLES[8]
+BEAT, HELLO, STATE, ALIASES = EXAMPLES[1], EXAMPLES[0], EXAMPLES[8], EXAMPLES[-2]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +151,9 @@ BEAT, HELLO, STATE = EXAMPLES[1], EXAMPLES[0], EXAMPLES[8]
         (changed(HELLO, pairs=[{}]), "malformed"),
         (changed(STATE, state="on fire"), "malformed"),
         (changed(STATE, state=2), "malformed"),
+        (changed(ALIASES, entries=["0f" * (TEXT_LENGTH // 2)] * (ALIASES_MAX + 1)), "malformed"),
+        (changed(ALIASES, entries=["0g" * (TEXT_LENGTH // 2)]), "malformed"),
+        (changed(ALIASES, entries=["0f"]), "malformed"),
         (changed(EXAMPLES[9], reason="x" * 1001), "malformed"),
         (changed(EXAMPLES[9], reason="line\nbreak"), "malformed"),
     ],

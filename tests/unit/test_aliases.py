@@ -281,7 +281,7 @@ def test_texts_bring_all_there_is_to_know(rig: Rig, aliases: Aliases, where: dic
 
 @pytest.mark.parametrize("text", ["", "00", "zz" * FORM.size, text_of(80)[2:], text_of(80, nic=1)])
 def test_what_is_no_alias_is_refused(rig: Rig, aliases: Aliases, text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"is no alias|has no NIC 2|hexadecimal"):
         aliases.take([text], anew=False)
 
 

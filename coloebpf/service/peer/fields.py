@@ -39,9 +39,15 @@ def name(value: Any) -> str:
     return str(value) if isinstance(value, str) and NAME.fullmatch(value) else wrong("a name")
 
 
-def cookie(value: Any) -> str:
-    plain = isinstance(value, str) and len(value) == 2 * SESSION_BYTES and not value.strip("0123456789abcdef")
-    return str(value) if plain else wrong(f"{2 * SESSION_BYTES} hexadecimal digits")
+def digits(count: int) -> Check:
+    def check(value: Any) -> str:
+        plain = isinstance(value, str) and len(value) == count and not value.strip("0123456789abcdef")
+        return str(value) if plain else wrong(f"{count} hexadecimal digits")
+
+    return check
+
+
+cookie = digits(2 * SESSION_BYTES)
 
 
 def word(kind: type[Role] | type[State]) -> Check:
@@ -53,10 +59,10 @@ def word(kind: type[Role] | type[State]) -> Check:
     return check
 
 
-def many(check_one: Check) -> Check:
+def many(check_one: Check, most: int = MAX_PAIRS) -> Check:
     def check(value: Any) -> tuple[Any, ...]:
-        fits = isinstance(value, list) and len(value) <= MAX_PAIRS
-        return tuple(map(check_one, value)) if fits else wrong(f"an array of {MAX_PAIRS} at most")
+        fits = isinstance(value, list) and len(value) <= most
+        return tuple(map(check_one, value)) if fits else wrong(f"an array of {most} at most")
 
     return check
 

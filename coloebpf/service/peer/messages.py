@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from coloebpf.aliases import TEXT_LENGTH
 from coloebpf.errors import MessageError
 from coloebpf.model import MAX_PAIRS, Role, State
 from coloebpf.service.peer import fields as wire
@@ -21,6 +22,7 @@ VERSION = 1
 MAX_BYTES = 65_536  # of a frame behind its length; a hello of MAX_PAIRS pairs takes some 8,000
 HEADER_BYTES = 4
 MAX_REASON = 1000  # characters of a bye
+ALIASES_MAX = 256  # entries of one message: some 31,000 bytes
 U32, U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 _PAIR, _EPOCH, _TIME, _GRACE = (
@@ -70,6 +72,29 @@ class Beat:
     echo: int = field(metadata=wire.by(wire.integer(U32)))
     echo_age_ns: int = field(metadata=wire.by(_TIME))
     granted: tuple[int, ...] = field(metadata=wire.by(wire.many(_PAIR)))
+
+
+@dataclass(frozen=True)
+class Aliases:
+    """To the secondary, before it is a replica: connections that clients know by other numbers than the guest.
+
+    Part 0 takes the place of all that it had, those that follow add to it (coloebpf/aliases.py has the entries' form).
+    """
+
+    TYPE: ClassVar[str] = "aliases"
+    pair: int = field(metadata=wire.by(_PAIR))
+    request: int = field(metadata=wire.by(_TIME))
+    part: int = field(metadata=wire.by(wire.integer(U32)))
+    entries: tuple[str, ...] = field(metadata=wire.by(wire.many(wire.digits(TEXT_LENGTH), ALIASES_MAX)))
+
+
+@dataclass(frozen=True)
+class AliasesTaken:
+    """The secondary's answer to the `aliases` of the same `request`."""
+
+    TYPE: ClassVar[str] = "aliases_taken"
+    pair: int = field(metadata=wire.by(_PAIR))
+    request: int = field(metadata=wire.by(_TIME))
 
 
 @dataclass(frozen=True)
@@ -170,6 +195,8 @@ class Bye:
 Message = (
     Hello
     | Beat
+    | Aliases
+    | AliasesTaken
     | Prepare
     | Prepared
     | Suspended
