@@ -66,11 +66,12 @@ traffic:
 	$(MAKE) venv
 	COLO_TRAFFIC=full $(PY) -m pytest tests/lab/test_traffic.py
 
-# Two virtual machines through 50 failovers at random moments, and 1,000 checkpoints in a row; takes most of an hour.
+# Two virtual machines through 50 failovers at random moments, 10 changes of roles with connections that are younger than the last checkpoint, and
+# 1,000 checkpoints in a row; takes most of an hour.
 failovers:
 	$(MAKE) deps-test
 	$(MAKE) venv
-	COLO_FAILOVERS=50 COLO_CHECKPOINTS=1000 $(PY) -m pytest tests/lab/test_virtual_failovers.py
+	COLO_FAILOVERS=50 COLO_ROLE_CHANGES=10 COLO_CHECKPOINTS=1000 $(PY) -m pytest tests/lab/test_virtual_failovers.py
 
 # Each fault at each moment, so many times (`make test` has one of each kind); some three seconds each.
 faults:
