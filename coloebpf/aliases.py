@@ -10,7 +10,7 @@ import ctypes as ct
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from coloebpf import bpfsys
@@ -34,38 +34,40 @@ class Aliases:
     def keep(self) -> int:
         """Before a promoted SVM becomes a PVM: makes entries of what its translations were. Returns how many are."""
         self._control.keep_numbers(self._pair)
-        return self._note()
+        count = sum(1 for _ in self._all())
+        self._control.set_aliased(self._pair, count > 0)
+        return count
 
     def texts(self) -> list[str]:
         """All of them, for the other host."""
         return [self._text(key, alias) for key, alias in self._all()]
 
-    def take(self, texts: Iterable[str], anew: bool) -> None:
+    def take(self, texts: Sequence[str], anew: bool) -> None:
         """What the other host has said; `anew`: in place of all that was here. Raises ValueError for no such text."""
         if anew:
             for key, _ in self._all():
                 bpfsys.delete(self._fd, key)
+            self._control.set_aliased(self._pair, False)
         for text in texts:
             bpfsys.update(self._fd, *self._read(text))
-        self._note()
+        if texts:
+            self._control.set_aliased(self._pair, True)
 
     def end_idle(self) -> int:
         """Those whose connections have ended go. Returns how many are left."""
-        now = time.monotonic_ns()
+        now, left = time.monotonic_ns(), 0
         for key, alias in self._all():
             closed = alias.reset or (alias.guest_fin and alias.client_fin)
             if now - alias.last_ns > (IDLE_CLOSED_NS if closed else IDLE_TCP_NS):
                 bpfsys.delete(self._fd, key)
-        return self._note()
+            else:
+                left += 1
+        self._control.set_aliased(self._pair, left > 0)
+        return left
 
     @property
     def _fd(self) -> int:
         return self._control.fd("aliases")
-
-    def _note(self) -> int:
-        left = sum(1 for _ in self._all())
-        self._control.set_aliased(self._pair, left > 0)
-        return left
 
     def _all(self) -> Iterator[tuple[Any, Any]]:
         kinds = self._control.shapes

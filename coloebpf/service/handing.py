@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from coloebpf.errors import PairError
@@ -17,7 +17,7 @@ class PairAliases(Protocol):
 
     def keep(self) -> int: ...
     def texts(self) -> list[str]: ...
-    def take(self, texts: Iterable[str], anew: bool) -> None: ...
+    def take(self, texts: Sequence[str], anew: bool) -> None: ...
     def end_idle(self) -> int: ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,7 +92,7 @@ class FakeAliases:
     def texts(self) -> list[str]:
         return list(self.there)
 
-    def take(self, texts: Iterable[str], anew: bool) -> None:
+    def take(self, texts: Sequence[str], anew: bool) -> None:
         self.there = [*([] if anew else self.there), *texts]
 
     def end_idle(self) -> int:

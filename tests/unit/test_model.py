@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coloebpf import bpfsys, control, dataplane, model, pins, snapshot
+from coloebpf import aliases, bpfsys, control, dataplane, model, pins, snapshot
 from coloebpf.control import exemption
 from coloebpf.dataplane import check_spec, defines
 from coloebpf.errors import ConfigError
@@ -101,6 +101,14 @@ def test_constants(ours: int, name: str) -> None:
 )
 def test_numbers_in_maps(ours: int, name: str, text: str) -> None:
     assert ours == constant(name, text)
+
+
+def test_aliases_are_those_of_flows() -> None:
+    assert enumerators("kind")["KIND_TCP"] == aliases.KIND_TCP
+    for ours, name in ((aliases.IDLE_CLOSED_NS, "IDLE_CLOSED"), (aliases.IDLE_TCP_NS, "IDLE_TCP")):
+        found = re.search(rf"#define {name} \((\d+) \* SEC\)", CONSTANTS)
+        assert found
+        assert ours == int(found[1]) * 10**9
 
 
 def test_every_map_and_program_is_known() -> None:
