@@ -14,7 +14,7 @@ from coloebpf.lab.plan import PAIR
 from coloebpf.model import State
 from tests.lab import test_checkpoints, test_compare_acks, test_compare_again, test_gso, test_states
 from tests.lab.aliased import DELTA, TICKS, AliasedWire
-from tests.lab.conftest import LabMaker
+from tests.lab.conftest import Lab
 from tests.lab.heard import Heard, same_frames
 from tests.lab.talk import M32, Talk
 
@@ -57,12 +57,14 @@ SOFT = [("NOP", None), ("NOP", None)]
 
 
 @pytest.fixture(scope="module")
-def wire(make_module_lab: LabMaker) -> Iterator[AliasedWire]:
-    """A bare lab of which every connection is an older guest's."""
-    wire = AliasedWire(make_module_lab(guests="none").plan)
+def wire(bare_lab: Lab) -> Iterator[AliasedWire]:
+    """The bare lab, every connection of which is an older guest's."""
+    wire = AliasedWire(bare_lab.plan)
+    wire.reset()
     wire.pvm(Talk(wire).tcp(1))  # the switch learns where the guest is
     wire.clean()
     yield wire
+    wire.aliases.take((), anew=True)
     wire.close()
 
 
