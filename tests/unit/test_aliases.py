@@ -36,9 +36,11 @@ NIC = 1  # the secondary's; it becomes a primary's in these tests
 
 @pytest.fixture
 def aliases(rig: Rig) -> Iterator[Aliases]:
-    """Of the NIC that changes its role; none are left behind."""
+    """Of the NIC that changes its role; nothing is left behind."""
     found = Aliases(rig.control, 1, (NIC,))
     yield found
+    rig.control.suspend(1)
+    rig.control.commit(1)
     found.take((), anew=True)
     rig.plane.attach(SPECS[NIC])
 
