@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 from coloebpf.errors import PairError
 from coloebpf.service.asking import Reply
+from coloebpf.service.outside import PairAliases
 from coloebpf.service.peer.messages import ALIASES_MAX, Aliases, Message
 
 TAKE_S = 1.0  # for the secondary's answer: some hundred writes into a map
-
-
-class PairAliases(Protocol):
-    """The part of coloebpf.aliases.Aliases that a pair needs."""
-
-    def keep(self) -> int: ...
-    def texts(self) -> list[str]: ...
-    def take(self, texts: Sequence[str], anew: bool) -> None: ...
-    def end_idle(self) -> int: ...
 
 
 class Handing:
