@@ -29,6 +29,7 @@ from tests.service.etcds import Member
 NS = 1_000_000_000
 TTL = 2  # seconds: the least that etcd gives with its own election timeout
 PATIENCE = 20.0  # seconds
+HASTY_MS = 500  # a request's time where none is to be answered; elsewhere a busy machine would miss it
 pytestmark = pytest.mark.real_time
 
 
@@ -62,9 +63,7 @@ def member(members: list[Member]) -> Iterator[Member]:
     """The one; whatever a test did to it is mended afterwards."""
     (one,) = members
     yield one
-    one.kill()
-    one.start()
-    one.wait()
+    one.mend()
 
 
 @pytest.fixture
@@ -84,10 +83,14 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 
 def arbiter(
-    host: str, *members: Member, clock: Callable[[], int] = time.monotonic_ns, timeout_ms: int = 500
+    host: str,
+    *members: Member,
+    clock: Callable[[], int] = time.monotonic_ns,
+    timeout_ms: int = 5000,
+    lease_s: int = TTL,
 ) -> EtcdArbiter:
     urls = tuple(one.url for one in members)
-    return EtcdArbiter(EtcdConfig(endpoints=urls, lease_s=TTL, request_timeout_ms=timeout_ms), host, clock)
+    return EtcdArbiter(EtcdConfig(endpoints=urls, lease_s=lease_s, request_timeout_ms=timeout_ms), host, clock)
 
 
 def run(work: Awaitable[object]) -> None:
@@ -202,9 +205,9 @@ def test_before_a_restart_the_right_is_made_to_last(members: list[Member], pair:
         await a.begin(pair)
         await a.acquire(pair)
         asked = time.monotonic_ns()
-        longer = await a.renew(pair, TTL + 3)
+        longer = await a.renew(pair, TTL + 8)
         assert isinstance(longer, Grant)
-        assert (longer.deadline_ns or 0) > asked + (TTL + 2) * NS
+        assert (longer.deadline_ns or 0) > asked + (TTL + 7) * NS
         await asyncio.sleep(TTL + 1.5)
         assert await value(a, pair, "speaker") == "a"
         next_one = arbiter("a", *members)
@@ -289,13 +292,15 @@ def test_a_frozen_etcd_gives_no_answer_in_time_and_then_the_same_one(member: Mem
         a, b = arbiter("a", member), arbiter("b", member)
         await a.begin(pair)
         first = await a.acquire(pair)
+        hasty = arbiter("a", member, timeout_ms=HASTY_MS)
+        hasty._leases |= a._leases
         member.freeze()
         began = time.monotonic()
         with pytest.raises(
             ArbiterError, match=r"etcd does not answer \(http://127\.0\.0\.1:\d+: (Read timed out|nothing in 0\.5 s)"
         ):
-            await a.renew(pair)
-        assert time.monotonic() - began < 2
+            await hasty.renew(pair)
+        assert time.monotonic() - began < 4
         asking = asyncio.create_task(b.acquire(pair))
         done, _ = await asyncio.wait([asking], timeout=1.5)
         assert not done
@@ -311,7 +316,8 @@ def test_a_frozen_etcd_gives_no_answer_in_time_and_then_the_same_one(member: Mem
 
 def test_an_answer_that_comes_late_counts_from_the_question(member: Member, pair: Pair) -> None:
     async def work() -> None:
-        a = arbiter("a", member, timeout_ms=5000)
+        lease_s = 5 * TTL  # it must not end meanwhile
+        a = arbiter("a", member, lease_s=lease_s)
         await a.begin(pair)
         await a.acquire(pair)
         member.freeze()
@@ -321,7 +327,7 @@ def test_an_answer_that_comes_late_counts_from_the_question(member: Member, pair
         member.thaw()
         answer = await asking
         assert isinstance(answer, Grant)
-        assert (answer.deadline_ns or 0) < asked + TTL * NS
+        assert (answer.deadline_ns or 0) < asked + lease_s * NS
 
     run(work())
 
@@ -361,12 +367,13 @@ def test_cut_off_before_the_question_arrives(member: Member, pair: Pair) -> None
     async def work() -> None:
         a, b = arbiter("a", member), arbiter("b", member)
         await a.begin(pair)
+        hasty = arbiter("a", member, timeout_ms=HASTY_MS)
         with dropped(member.port, "dport"):
-            asking = asyncio.create_task(a.acquire(pair))
+            asking = asyncio.create_task(hasty.acquire(pair))
             done, _ = await asyncio.wait([asking], timeout=1.5)
             assert not done
             with pytest.raises(ArbiterError):
-                await b.check()
+                await hasty.check()
         assert isinstance(await asking, Grant)
         assert isinstance(await b.acquire(pair), Refusal)
 
@@ -380,8 +387,9 @@ def test_an_answer_that_is_lost_is_given_again(member: Member, pair: Pair) -> No
         a, b = arbiter("a", member), arbiter("b", member)
         await a.begin(pair)
         await a._transact([], [{"request_put": {"key": _base64(a._key(pair, "right")), "value": _base64("alone a")}}])
+        hasty = arbiter("a", member, timeout_ms=HASTY_MS)
         with dropped(member.port, "sport"):
-            asking = asyncio.create_task(a.acquire(pair))
+            asking = asyncio.create_task(hasty.acquire(pair))
             done, _ = await asyncio.wait([asking], timeout=1.5)
             assert not done
         assert isinstance(await asking, Grant)
@@ -452,7 +460,7 @@ def test_an_answer_that_drips_is_not_waited_for(pair: Pair) -> None:
 
 def test_a_cluster_that_loses_members(three: list[Member], pair: Pair) -> None:
     async def work() -> None:
-        a, b = arbiter("a", *three), arbiter("b", *three)
+        a, b = arbiter("a", *three), arbiter("b", *three, timeout_ms=HASTY_MS)
         await a.begin(pair)
         # A member that hangs costs HEDGE_S, and the next question goes to one that answers.
         leads = await asyncio.to_thread(_leader, three)
@@ -462,7 +470,7 @@ def test_a_cluster_that_loses_members(three: list[Member], pair: Pair) -> None:
         began = time.monotonic()
         assert isinstance(await a.acquire(pair), Grant)
         took = time.monotonic() - began
-        assert HEDGE_S <= took < 0.5
+        assert HEDGE_S <= took < 4  # and not a request's whole time
         assert a._members[0].base_url != slow.url
         slow.thaw()
         # The leader is gone, perhaps with the host that is lost: the others elect a new one.
@@ -486,10 +494,13 @@ def test_a_cluster_that_loses_members(three: list[Member], pair: Pair) -> None:
 
 
 def _leader(members: list[Member]) -> Member:
-    for one in members:
-        request = urllib.request.Request(f"{one.url}/v3/maintenance/status", data=b"{}", method="POST")
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            status = json.load(answer)
-        if status["leader"] == status["header"]["member_id"]:
-            return one
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:  # there is none during an election
+        for one in members:
+            request = urllib.request.Request(f"{one.url}/v3/maintenance/status", data=b"{}", method="POST")
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                status = json.load(answer)
+            if status.get("leader") == status["header"]["member_id"]:
+                return one
+        time.sleep(0.1)
     raise AssertionError("no leader")
