@@ -1,4 +1,4 @@
-"""The primary's part of a pair: when to make a checkpoint, and how; the beginning and the end of a protection."""
+"""The primary's part of a pair: when to make a checkpoint, and how."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from coloebpf.errors import ArbiterError, ColoError, EngineError, PairError
+from coloebpf.errors import ColoError, EngineError, PairError
 from coloebpf.model import State
-from coloebpf.service.arbiters.base import Grant, Refusal
 from coloebpf.service.asking import Asker
 from coloebpf.service.checkpoints import Ledger
 from coloebpf.service.comparer import Finding
@@ -26,17 +25,14 @@ from coloebpf.service.engine import (
     SecondaryGone,
     Suspended,
 )
-from coloebpf.service.handing import Handing
 from coloebpf.service.machine import REPLICATED, Trigger
 from coloebpf.service.outside import Outside
-from coloebpf.service.parting import NO_REPLICA, Parting
 from coloebpf.service.peer import messages
+from coloebpf.service.protecting import Protecting
 from coloebpf.service.rules import Timings, Wish, decide
 
-RETRY_S = 0.5  # between two tries to begin a protection
 
-
-class Primary(Parting):
+class Primary(Protecting):
     """Protects a guest that runs on this host."""
 
     def __init__(self, config: PairConfig, make_engine: Callable[[Emit], Engine], outside: Outside) -> None:
@@ -44,8 +40,6 @@ class Primary(Parting):
         self.ledger = Ledger(Timings.of(config))
         self._timer: asyncio.TimerHandle | None = None
         self._asker = Asker(self.number, outside.send, self._stop_proving, self._ask_engine, self._give_up)
-        self._handing = Handing(self.number, outside.send, outside.aliases)
-        self._beginning: asyncio.Task[None] | None = None
         self._outdated = False  # the checkpoint under way does not have all that the client was sent
 
     def resume(self) -> None:
@@ -90,7 +84,7 @@ class Primary(Parting):
 
     async def stop(self) -> None:
         """See Supervisor."""
-        self._look_again(0)
+        self.look_again(0)
         self._asker.stop()
         await super().stop()
 
@@ -116,9 +110,9 @@ class Primary(Parting):
 
     def consider(self) -> None:
         """Does what the rules say, and looks again when they want to."""
-        self._look_again(0)
+        self.look_again(0)
         if self.machine.state is State.SYNCING and not self._recorded:
-            self._begin()
+            self.begin()
             return
         if not self.engine_ready or self.machine.alone_pending:
             return
@@ -134,10 +128,10 @@ class Primary(Parting):
             self._request(decision.request)
             decision = decide(self.ledger.view(now, self.machine.state))
         if decision.not_before_ns:
-            self._look_again(max(1, decision.not_before_ns - now))
+            self.look_again(max(1, decision.not_before_ns - now))
 
-    def _look_again(self, after_ns: int) -> None:
-        """At one time only; 0: not at all."""
+    def look_again(self, after_ns: int) -> None:
+        """See Protecting. At one time only; 0: not at all."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(after_ns / 1e9, self.consider) if after_ns else None
@@ -182,10 +176,6 @@ class Primary(Parting):
     def prepared(self, request: int) -> None:
         """See Parting."""
         self._asker.prepared(request)
-
-    def aliases_taken(self, request: int) -> None:
-        """See Parting."""
-        self._handing.taken(request)
 
     def engine_event(self, event: EngineEvent) -> None:
         """See Supervisor."""
@@ -259,64 +249,6 @@ class Primary(Parting):
         self.go(Trigger.PROTECT, "asked for by an operator")
         self.consider()
 
-    def _begin(self) -> None:
-        """Both sides and the arbiter must be ready before there is a first checkpoint."""
-        leased = self.out.arbiter.leased
-        ready = self.engine_ready and self.peer_state is State.SYNCING
-        if ready and (not leased or self._leave_ns > self.out.clock()) and self._beginning is None:
-            self._beginning = self.spawn(self._record())
-        elif self._beginning is None:
-            self._look_again(int(RETRY_S * 1e9))
-
-    async def _record(self) -> None:
-        try:
-            self.let_right_go()
-            self.set_deadline(0)  # the secondary is no replica: nobody else can speak for the guest
-            if number := await self._handing.run():
-                self.say(logging.INFO, "the secondary knows the numbers of older connections", connections=number)
-            await self.out.arbiter.begin(self.config)
-            self._recorded = True
-        except (ArbiterError, PairError) as e:
-            self.say(logging.WARNING, "the protection can't begin yet", error=e)
-            await asyncio.sleep(RETRY_S)
-        finally:
-            self._beginning = None
-        self.consider()
-
-    async def unprotect(self) -> None:
-        """See Supervisor. Only when the secondary can't take over any more."""
-        self.need(Trigger.UNPROTECT, "there is no protection to end")
-        if self.machine.state is State.HALTED and not self.out.arbiter.leased and self.peer_state not in NO_REPLICA:
-            hint = "" if self.peer_state is not None else ", and it can't be asked; if it is off, say `failover` here"
-            raise PairError(f"pair {self.config.name}: the guest may run on the other host{hint}")
-        sure = self.machine.state not in REPLICATED or await self.dismiss()
-        if not sure:
-            self._recorded = True  # the protection goes on, if this fails
-        if not sure and self.out.arbiter.promotes and not self.out.arbiter.leased:
-            raise PairError(f"pair {self.config.name}: the secondary does not answer, and might take over")
-        try:
-            answer = await self.out.arbiter.release(self.config)
-        except ArbiterError as e:
-            if not sure or self.machine.state is State.HALTED:
-                raise PairError(f"pair {self.config.name}: {e}") from e
-            answer = Grant()
-        if isinstance(answer, Refusal):
-            raise PairError(f"pair {self.config.name}: the guest may run on the other host: {answer.reason}")
-        self._let_go_on("asked for by an operator")
-
-    def _let_go_on(self, reason: str) -> None:
-        """Without protection, and without an end."""
-
-        def release() -> None:
-            # What is held and not proven leaves in passthrough only, and would else wait for the next one.
-            self.out.control.set_state(self.number, State.PASSTHROUGH)
-            self.out.control.kick()
-            self.out.control.set_state(self.number, State.UNPROTECTED)
-
-        self.let_right_go()
-        self.set_deadline(0)
-        self.go(Trigger.UNPROTECT, reason, release)
-
     async def checkpoint(self) -> None:
         """See Supervisor."""
         if self.machine.state not in REPLICATED or not self.engine_ready:
@@ -326,29 +258,3 @@ class Primary(Parting):
         done = self.ledger.asked()
         self.consider()
         await done
-
-    async def failover(self) -> None:
-        """See Supervisor: this host falls silent and says so; that is all the certainty the secondary needs.
-
-        While the secondary is lost it is an operator's word that its host is gone.
-        """
-        if self.machine.alone_pending:
-            self.stop_asking()
-            await self.take_over(Grant(), "an operator says that the secondary's host is gone")
-            return
-        if self.machine.state is State.HALTED and self.peer_state is None and not self.out.arbiter.leased:
-            self._let_go_on("an operator says that the secondary's host is gone")
-            return
-        if self.machine.state not in REPLICATED or self.peer_state not in REPLICATED:
-            raise PairError(
-                f"pair {self.config.name} is {self.machine.state.name.lower()}: there is no secondary that could take "
-                "over; `unprotect` gives a protection up"
-            )
-        if self.engine.hands_over:
-            raise PairError(f"pair {self.config.name}: engine {self.engine.name} can't: {self.engine.hands_over}")
-        self.go(Trigger.LEASE_LOST, "an operator lets the secondary take over")
-        if not self.told:
-            raise PairError(
-                f"pair {self.config.name}: this host is silent, but the secondary could not be told: it takes over "
-                "when the link is back; if this can't wait, say `failover` there"
-            )

@@ -177,7 +177,7 @@ SEEN: set[tuple[State, State]] = set()
 def test_random_faults(seed: int, arbiter: type[Record], careful: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coloebpf.service.asking.PREPARE_S", 0.02)
     monkeypatch.setattr("coloebpf.service.parting.DISMISS_S", 0.02)
-    monkeypatch.setattr("coloebpf.service.primary.RETRY_S", 0.005)
+    monkeypatch.setattr("coloebpf.service.protecting.RETRY_S", 0.005)
     dice = random.Random(seed)
 
     async def test(world: World) -> None:
