@@ -91,7 +91,7 @@ int answer(struct __sk_buff *skb)
 	is.seq = notes->answer.seq;
 	is.flags = TCP_ACK;
 	bpf_spin_lock(&f->lock);
-	if ((what & ANSWER_RUN) && f->epoch == at.epoch) {
+	if ((what & ANSWER_RUN) && f->epoch == at.epoch && f->s_era == notes->answer.era) { /* else the record may be another one's by now */
 		if (note_run(f, from, end, notes->answer.record))
 			what |= ANSWER_ACK;
 	}

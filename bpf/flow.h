@@ -224,6 +224,7 @@ static __always_inline void s_unlink_head(struct flow *f, struct held_table *t)
 	if (seq_lt(f->matched, h->end)) { /* unused: of an older connection or state, like all that was noted of it */
 		f->s_next = f->matched;
 		f->flags &= ~FLOW_RUNS;
+		f->s_era++;
 	}
 	f->s_head = h->next;
 	if (f->s_head == NONE)
@@ -378,10 +379,9 @@ static __always_inline void rebase(struct flow *f, u32 epoch)
 	f->matched = f->s_next = f->proven;
 	f->p_next = f->p_head; /* matching skips what is committed */
 	f->svm_isn = f->pvm_isn;
-	if (f->flags & FLOW_C_ACK) { /* the new SVM has received all that the PVM had */
-		if (!(f->flags & FLOW_S_ACK) || seq_lt(f->s_ack, f->p_ack))
-			f->s_ack = f->p_ack;
-		f->flags |= FLOW_S_ACK;
-		f->s_win = f->p_win;
-	}
+	/* The new SVM has received what the PVM had, and no more, however far the old one was. */
+	f->s_ack = f->p_ack;
+	f->s_win = f->p_win;
+	f->flags = (f->flags & ~FLOW_S_ACK) | (f->flags & FLOW_C_ACK ? FLOW_S_ACK : 0);
+	__builtin_memset(f->s_sack, 0, sizeof(f->s_sack));
 }

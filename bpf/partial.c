@@ -2,33 +2,62 @@
  * in part can't leave, the client never acknowledges that part, so the SVM repeats it for ever and never comes to the rest. Then the matched part
  * leaves on its own; the packet stays in its place and leaves whole when the rest is proven (the client drops what it has). */
 
+/* Are the PVM's bytes of the matched part those that the SVM has said? So far only the sum of the whole packet is to be compared, when its rest has come: what
+ * of it is still missing must be the rest's. By the owner, without the lock. */
+static __always_inline bool said_so(const struct flow *f, const struct held *h, const struct slot *slot, const struct hash_keys *keys, u64 *rest)
+{
+	struct view v = {.data = (void *)slot->byte, .len = h->len, .slot = true};
+	u32 from = f->matched, fin = !!(h->flags & HELD_FIN), end = h->end - fin;
+	bool ok = true;
+
+	*rest = range_hash(keys, &v, h->payload + (from - h->start), end - from, from, true, &ok);
+	if (fin)
+		*rest += fin_hash(keys, end);
+	return ok && *rest == h->digest;
+}
+
 /* Tail-called by P4, which made itself the flow's owner. */
 int partial(struct __sk_buff *skb)
 {
 	u32 zero = 0, index = skb->cb[CB_FLOW], cpu = bpf_get_smp_processor_id(), ack = 0, cut = 0, staged = 0;
 	struct flow *f = flows.lookup(&index);
 	struct held_table *t = held.lookup(&zero);
+	struct hash_keys *keys = hash_keys.lookup(&zero);
 	struct scratch *notes = scratch.lookup(&zero);
 	struct held part = {};
 	struct place at;
-	bool any = false, work = false;
+	struct finding found = {};
+	bool any = false, work = false, same = false;
+	u64 rest = 0;
 	u16 win = 0;
 
-	if (!f || !t || !notes || !place_of_id(&at, f->key.nic))
+	if (!f || !t || !keys || !notes || !place_of_id(&at, f->key.nic))
 		return VERDICT_DROP;
-	bpf_spin_lock(&f->lock);
 	u32 head = f->p_head;
 	struct held *h = record(t, head);
+	struct slot *slot = slab.lookup(&head);
+	if (slot && partly_matched(f, h))
+		same = said_so(f, h, slot, keys, &rest);
+	same = forget(notes, 0, same);
+	bpf_spin_lock(&f->lock);
 	if (head != NONE && at.state == LOCKSTEP && f->epoch == at.epoch && partly_matched(f, h) && may_emit(f, cpu, notes->now)) {
+		if (!same) {
+			diverge(f, &found, REASON_PAYLOAD, f->proven, h->digest, rest);
+			goto unlock;
+		}
 		account_release(f, h, &ack, &win);
 		part = *h;
 		cut = f->matched - h->start;
 		note_emit(f, cpu, notes->now);
 		any = true;
 	}
+unlock:
 	bpf_spin_unlock(&f->lock);
+	if (found.any) {
+		at.count->divergences[found.reason & 15]++;
+		tell(&at, EVENT_DIVERGENCE, found.reason, index, &f->key, found.offset, found.pvm, found.svm);
+	}
 
-	struct slot *slot = slab.lookup(&head);
 	u32 l4 = part.l4, payload = part.payload, l3 = 14 + (f->key.vlan[0] ? 4 : 0) + (f->key.vlan[1] ? 4 : 0), len = payload + cut;
 	if (any && slot && l4 <= 512 && l4 >= l3 + 20 && payload >= l4 + 20 && len <= SLOT_BYTES - 64) {
 		BOUND(l3, 0x1f);

@@ -329,6 +329,8 @@ static __always_inline u32 p_take(struct flow *f, struct held_table *t, const st
 		if (!(f->flags & FLOW_BASED) && !f->p_count && (h->type == HELD_DATA || h->type == HELD_ACK))
 			start_stream(f, h->from); /* as p_take_stream() does; the commit that follows covers it */
 		if (take == TAKE_HOLD) {
+			if (kind == KIND_TCP)
+				note_order(f, h);
 			p_append(f, t, index);
 			if (f->owner) {
 				f->work = 1;

@@ -114,6 +114,7 @@ static __always_inline u32 s_park(struct flow *f, struct held_table *t, const st
 		} else if (linked) {
 			a->what |= ANSWER_RUN;
 			a->record = index;
+			a->era = f->s_era;
 		} else if (f->flags & FLOW_RUNS) {
 			a->what |= ANSWER_ACK; /* it was here: the SVM has not heard that */
 		}

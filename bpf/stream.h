@@ -227,6 +227,21 @@ static __always_inline void lower_base(struct flow *f, const struct held *h)
 		f->flags |= FLOW_GAP | FLOW_REFILL;
 }
 
+/* PVM record `h` will be the last of the list: is a hole before it, or does it fill one? */
+static __always_inline void note_order(struct flow *f, const struct held *h)
+{
+	if (!f->p_count) {
+		f->flags &= ~(FLOW_GAP | FLOW_REFILL | FLOW_SEEK);
+		f->p_high = f->proven;
+	}
+	if (h->type == HELD_DATA && seq_lt(f->p_high, h->from))
+		f->flags |= FLOW_GAP;
+	else if (h->type == HELD_DATA && (f->flags & FLOW_GAP) && seq_lt(h->from, f->p_high))
+		f->flags |= FLOW_REFILL; /* it may fill the hole before what is held */
+	if (h->type == HELD_SYN || (h->type == HELD_DATA && seq_lt(f->p_high, h->end)))
+		f->p_high = h->end;
+}
+
 /* A PVM packet, its record filled in. `single`: it may pass, or its program become the owner; a segment of a super-packet may not.
  * `*used`: a slot of the SVM's that it used up. */
 static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u32 index, struct held *h, u64 now, bool single, u32 *used)
@@ -267,16 +282,7 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 			return TAKE_PASS;
 		}
 	}
-	if (!f->p_count) {
-		f->flags &= ~(FLOW_GAP | FLOW_REFILL | FLOW_SEEK);
-		f->p_high = f->proven;
-	}
-	if (h->type == HELD_DATA && seq_lt(f->p_high, h->from))
-		f->flags |= FLOW_GAP;
-	else if (h->type == HELD_DATA && (f->flags & FLOW_GAP) && seq_lt(h->from, f->p_high))
-		f->flags |= FLOW_REFILL; /* it may fill the hole before what is held */
-	if (h->type == HELD_SYN || (h->type == HELD_DATA && seq_lt(f->p_high, h->end)))
-		f->p_high = h->end;
+	note_order(f, h);
 	if ((h->flags & HELD_PROVEN) && !f->owner) /* an owner may count on what is in front */
 		p_urge(f, t, index);
 	else

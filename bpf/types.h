@@ -185,7 +185,8 @@ struct flow {
 	u32 svm_high;  /* FLOW_SENT: the SVM has sent data up to this (its own numbers, likewise below) */
 	u32 svm_again; /* FLOW_AGAIN: timestamp of what it has sent again last */
 	u32 open_sums; /* the PVM leaves this flow's checksums open (SUM_OPEN), as far as could be told; written by P2 */
-	u32 pad[17]; /* to whole cache lines */
+	u32 s_era;     /* counts the SVM's records that went unused: what is known of the list's records from before is void */
+	u32 pad[16]; /* to whole cache lines */
 };
 #define CACHE_LINE 64
 _Static_assert(__builtin_offsetof(struct flow, proven) == CACHE_LINE && __builtin_offsetof(struct flow, key) == 2 * CACHE_LINE, "lines of struct flow");
@@ -280,6 +281,7 @@ struct answer {
 	u32 seq;       /* of the answer: what the SVM expects next */
 	u32 from, end; /* of the SVM's packet */
 	u32 record;    /* where it was parked */
+	u32 era;       /* s_era at that moment */
 	u32 ts_val, ts_ecr; /* likewise; 0, 0: it has none */
 };
 

@@ -9,7 +9,7 @@ from scapy.packet import Raw
 
 from coloebpf.lab.plan import PAIR
 from coloebpf.model import State
-from tests.lab.heard import same_frames
+from tests.lab.heard import Heard, same_frames
 from tests.lab.talk import Talk
 from tests.lab.wire import Wire
 
@@ -235,3 +235,45 @@ def test_acks_after_a_checkpoint(wire: Wire, talk: Talk) -> None:
     same_frames(wire.released(1), [talk.tcp(2, ack=5000)])
     wire.svm(talk.tcp(2, ack=5001))
     same_frames(wire.released(1), [talk.tcp(2, ack=5001)])
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["the client was told less", "the client was told nothing"])
+def test_an_ack_of_the_old_svm_is_none_of_the_new_ones(wire: Wire, talk: Talk, told: bool) -> None:
+    """The old SVM was ahead. The new one is the PVM, and has not received what came to the old one alone."""
+    if told:
+        wire.pvm(talk.tcp(1, b"x", ack=1000))
+        wire.svm(talk.tcp(1, b"x", ack=1000))
+        assert len(wire.released(1)) == 1
+    else:
+        wire.svm(talk.tcp(1, b"x", ack=1000))
+    wire.svm(talk.tcp(2, ack=5000))
+    wire.checkpoint()
+    wire.pvm(talk.tcp(2, ack=5000))
+    assert wire.seen() == []
+    wire.svm(talk.tcp(2, ack=5000))
+    same_frames(wire.released(1), [talk.tcp(2, ack=5000)])
+
+
+def test_sack_blocks_of_the_old_svm_are_none_of_the_new_ones(wire: Wire, talk: Talk) -> None:
+    wire.pvm(talk.tcp(1, b"x", ack=1000))
+    wire.svm(talk.tcp(1, b"x", ack=1000))
+    assert len(wire.released(1)) == 1
+    both = talk.tcp(2, ack=1000, options=[("NOP", None), ("NOP", None), ("SAck", (3000, 4000))])
+    wire.svm(both)
+    wire.checkpoint()
+    wire.pvm(both)
+    assert [Heard.of(frame).sack for frame in wire.released(1)] == [[]]
+
+
+def test_the_pvms_order_while_nothing_is_compared(wire: Wire, talk: Talk) -> None:
+    """What fills a hole may come behind it in a checkpoint too."""
+    wire.pvm(talk.tcp(1, b"x"))
+    wire.svm(talk.tcp(1, b"x"))
+    assert len(wire.released(1)) == 1
+    wire.suspend()
+    frames = [talk.tcp(5, b"late"), talk.tcp(2, b"one")]
+    wire.pvm(*frames)
+    wire.commit()
+    assert wire.seen() == []
+    wire.svm(talk.tcp(2, b"one"), talk.tcp(5, b"late"))
+    same_frames(wire.released(2), frames)

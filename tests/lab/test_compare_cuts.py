@@ -214,3 +214,27 @@ def test_one_other_byte_anywhere_is_never_released(wire: Wire, script: Script, w
     oracle.look()
     oracle.check_order()
     oracle.check_end()
+
+
+@pytest.mark.parametrize("flags", ["A", "FA"])
+def test_no_part_leaves_that_the_svm_has_not_said(wire: Wire, talk: Talk, flags: str) -> None:
+    """The SVM's piece has other bytes, which shows only when the packet's rest has come; it repeats it before."""
+    wire.pvm(talk.tcp(1, b"rightdata", flags=flags))
+    wire.svm(talk.tcp(1, b"wrong"))
+    assert wire.seen() == []
+    before = wire.nic()
+    wire.svm(talk.tcp(1, b"wrong"))
+    assert wire.seen() == []
+    change = wire.nic().since(before)
+    assert (change["divergences.payload"], change["partial"]) == (1, 0)
+    (flow,) = wire.flows(talk.guest_port)
+    assert flow.owner == 0
+
+
+@pytest.mark.parametrize("flags", ["A", "FA"])
+def test_a_part_that_both_have_said_leaves(wire: Wire, talk: Talk, flags: str) -> None:
+    wire.pvm(talk.tcp(1, b"rightdata", flags=flags))
+    wire.svm(talk.tcp(1, b"right"), talk.tcp(1, b"right"))
+    assert [Heard.of(frame).data for frame in wire.released(1)] == [b"right"]
+    wire.svm(talk.tcp(6, b"data", flags=flags))
+    assert [Heard.of(frame).data for frame in wire.released(1)] == [b"rightdata"]
