@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ from coloebpf.service.engines.qemu_secondary import QemuSecondary
 from coloebpf.service.engines.qemu_vms import Vms
 
 DISK_BYTES = 64 << 20
-SOON = 30.0  # seconds that anything may take on a busy machine, a boot too
+SOON = 60.0  # seconds that anything may take on a busy machine, a boot too
 TAPS = [("tapA",), ("tapB",)]  # by slot; nothing is attached to them here
 INDEX = {"tapA": 11, "tapB": 12}
 INIT = """#!/bin/busybox sh
@@ -168,11 +169,18 @@ class Rig:
         if self._pvm is not None:
             self._pvm.kill()
             self._pvm.wait()
-        await self.primary.stop()
-        await self.secondary.stop()
-        for pid in self.qemus("ab"):
-            os.kill(pid, signal.SIGKILL)
-        await self.until(lambda: not self.qemus("ab"), "the QEMUs to end")
+        try:
+            await self.primary.stop()
+            await self.secondary.stop()
+        finally:
+            await self.until(self._none_left, "the QEMUs to end")
+
+    def _none_left(self) -> bool:
+        left = self.qemus("ab")
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not left
 
     def exchange(self) -> None:
         """Both hosts' files have the other role now."""
@@ -230,9 +238,14 @@ class Rig:
         assert self._pvm is not None
         return self._pvm.pid
 
-    async def pvm_status(self) -> str:
-        assert self.primary.pvm is not None
-        return str((await self.primary.pvm.do("query-status"))["status"])
+    async def pvm_runs(self) -> None:
+        """Returns when it does; on a busy machine QEMU takes its time to let it go on."""
+        end, status = time.monotonic() + SOON, ""
+        while status != "running":
+            assert time.monotonic() < end, f"the PVM is {status}; {self.events()} {self.said[-8:]}"
+            if self.primary.pvm is not None:
+                status = str((await self.primary.pvm.do("query-status"))["status"])
+            await asyncio.sleep(0.01)
 
     async def status(self, vm: Process | None) -> str:
         assert vm is not None

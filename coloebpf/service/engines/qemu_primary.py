@@ -12,7 +12,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,8 @@ class Copy:
         self.relay: Relay | None = None
         self.filling: Filling | None = None
         self.refused = ""  # why no copy of this guest makes sense
-        self.cutting = False  # the secondary was told to close the disks
+        self.switching = False  # the secondary was told that the checkpoint comes
+        self.cutting = False  # and to close the disks
         self.stood = False  # the PVM has come to a standstill for it
         self.suspended = False  # and that was told
         self.stop, self.moved, self.switched, self.cut, self.whole = (loop.create_future() for _ in range(5))
@@ -117,6 +118,7 @@ class QemuPrimary:
         self._standby: Standby | None = None
         self.copy: Copy | None = None
         self._requested = False  # a checkpoint is due
+        self._again = False  # and the copy for it has broken off once
         self._asked = False  # a first one was asked for since the protection began
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -375,7 +377,10 @@ class QemuPrimary:
             await self._undo(copy, pvm, str(e))
             say(logger, logging.WARNING, "a copy came to nothing", pair=self._vms.name, reason=e)
             fatal = self._mirrors.broken or copy.refused
-            if requested or copy.suspended or fatal:
+            # What breaks off before the secondary heard of it was no checkpoint yet: the next copy may do. Once.
+            again = requested and not self._again and not copy.switching and self._owed is None
+            self._again = again
+            if (requested and not again) or copy.suspended or fatal:
                 self._requested = False
                 self._emit(Failed(fatal or str(e), fatal=bool(fatal)))
         except asyncio.CancelledError:
@@ -392,11 +397,12 @@ class QemuPrimary:
         copy.relay = relay = await self._reach(copy)
         copy.filling = filling = Filling(pvm, relay, self._pace)
         await filling.begin()
-        by_itself = await self._fill(copy, filling)
+        wanted = await self._unless_stopped(copy, self._fill(filling))
         # From the answer on client frames go to the standby, where they wait; the old SVM proves nothing more.
+        copy.switching = True
         self._say_to("switch", copy.number, "")
-        if not by_itself:
-            await filling.prepare()
+        if wanted:
+            await self._unless_stopped(copy, filling.prepare())
         await self._within(copy.switched, SWITCH_S, "the secondary has not switched to the standby")
         relay.widen()
         relay.open(0)
@@ -411,7 +417,7 @@ class QemuPrimary:
         await self._cont(pvm)
         self.resumed_s = time.monotonic()
         await self._within(copy.whole, WHOLE_S, "the standby has not got the whole state")
-        self._requested = False
+        self._requested = self._again = False
         self._emit(Committed())
         self._say_to("go", copy.number, "")
 
@@ -421,25 +427,34 @@ class QemuPrimary:
             copy.suspended = True
             self._emit(Suspended(requested=self._requested))
 
-    async def _fill(self, copy: Copy, filling: Filling) -> bool:
-        """Until a checkpoint is wanted, and its copy ready for it: False. True: the PVM stands still already."""
-        pause = 0.0
-        while True:
-            try:
-                async with asyncio.timeout(pause):
-                    await self._wake.wait()
-                self._wake.clear()
-            except TimeoutError:
-                pass
-            if copy.switched.done():
-                await copy.switched  # it has failed
-            if copy.stop.done():
-                await copy.stop
-                return True
+    async def _unless_stopped(self, copy: Copy, work: Coroutine[Any, Any, None]) -> bool:
+        """False: the copy ends by itself meanwhile, and the PVM stands still already.
+
+        From there on QEMU answers no command before its last bytes are written, so nobody may wait for an answer behind
+        a gate that is shut. Raises EngineError if the work or the copy has failed.
+        """
+        task = asyncio.get_running_loop().create_task(work)
+        try:
+            await asyncio.wait((task, copy.stop), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+            [result] = await asyncio.gather(task, return_exceptions=True)
+        if copy.stop.done():
+            await copy.stop
+            return False
+        if result is not None:
+            raise result
+        return True
+
+    async def _fill(self, filling: Filling) -> None:
+        """Until a checkpoint is wanted, and its copy ready for it."""
+        while not (self._requested and filling.ready):
+            pause = await filling.look(self._requested)
             if not (self._requested and filling.ready):
-                pause = await filling.look(self._requested)
-            if self._requested and filling.ready:
-                return False
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), pause)
+                self._wake.clear()
 
     async def _reach(self, copy: Copy) -> Relay:
         """The way into the standby. Raises EngineError."""
@@ -493,8 +508,12 @@ class QemuPrimary:
             self._mirrors.broken = "a checkpoint broke off at the disks"
 
     async def _release(self, copy: Copy, pvm: Qmp) -> None:
-        """Raises EngineError if it does not go on; to be tried again then."""
-        await pvm.do("migrate_cancel")
+        """Raises EngineError if it does not go on; to be tried again then.
+
+        Its stream is broken, and QEMU notices. It is not told migrate_cancel: while it stops the guest for the
+        migration's end it takes commands, and one that is cancelled then (seen with 7.2) closes the disks all the same
+        and lets the guest go on without opening them: the guest's next write aborts QEMU.
+        """
         while (await progress(pvm)).status in (*RUNNING, "cancelling"):
             await asyncio.sleep(0.01)
         if copy.cut_open:

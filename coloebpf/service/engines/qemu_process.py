@@ -20,6 +20,8 @@ from coloebpf.service.engines.qmp import Qmp
 START_S = 10.0  # to open its socket; some 0.1 s when the machine is not busy
 LOOK_S = 0.01
 END_S = 5.0  # for a killed process to be gone
+# What it becomes has a record by then: a service that is killed before leaves nothing that the next one does not find.
+ONCE_RECORDED = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "sh")
 
 
 @dataclass(eq=False)
@@ -35,6 +37,10 @@ class Process:
     def slot(self) -> int:
         """Of a virtual machine."""
         return int(self.name)
+
+    @property
+    def ended(self) -> bool:
+        return not _since(self.pid) if self.child is None else self.child.poll() is not None
 
 
 class Processes:
@@ -57,19 +63,25 @@ class Processes:
         """Raises EngineError if it does not open its socket, with what it has said."""
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.socket(name).unlink(missing_ok=True)
-        child = await asyncio.to_thread(self._spawn, name, argv)
+        spawning = asyncio.get_running_loop().create_task(asyncio.to_thread(self._spawn, name, argv))
+        try:
+            child = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            child = await spawning  # its thread goes on all the same
+            await self.end(self._process(name, child.pid, child))
+            raise
         process = self._process(name, child.pid, child)
         try:
             async with asyncio.timeout(START_S):
                 while not await self._answers(process):
-                    if child.poll() is not None:
+                    if process.ended:
                         said = self._log(name).read_text(errors="replace").strip()[-300:] or "it said nothing"
                         raise EngineError(f"{argv[0]} of {self.title} ended at its start: {said}")
                     await asyncio.sleep(LOOK_S)
         except TimeoutError as e:
             await self.end(process)
             raise EngineError(f"{argv[0]} of {self.title} has not opened its QMP in {START_S:g} s") from e
-        except EngineError:
+        except BaseException:  # also if nobody waits for it any more: a service that ends may be the last one
             await self.end(process)
             raise
         return process
@@ -108,21 +120,21 @@ class Processes:
             os.kill(process.pid, signal.SIGKILL)
         await process.qmp.close()
         end = time.monotonic() + END_S
-        while (process.child.poll() is None if process.child else _since(process.pid)) and time.monotonic() < end:
+        while not process.ended and time.monotonic() < end:
             await asyncio.sleep(LOOK_S)
         self._record(process.name).unlink(missing_ok=True)
         self._ended.discard(process)
 
     def _spawn(self, name: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         with self._log(name).open("wb") as log:
-            try:
-                child = subprocess.Popen(
-                    argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=self.home
-                )
-            except OSError as e:
-                raise EngineError(f"{argv[0]} can't be run: {e.strerror}") from e
-        # Here, as whoever waits for the thread may be cancelled: the next service finds it all the same.
+            child = subprocess.Popen(
+                (*ONCE_RECORDED, *argv),
+                stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, cwd=self.home,
+            )  # fmt: skip
         self._record(name).write_text(json.dumps({"pid": child.pid, "since": _since(child.pid)}))
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin as go:
+            go.write(b"\n")
         return child
 
     def _process(self, name: str, pid: int, child: subprocess.Popen[bytes] | None = None) -> Process:

@@ -38,6 +38,7 @@ class Relay:
         self.passed = 0  # bytes
         self._pace, self._on_end = pace, on_end
         self._most = math.inf
+        self._lock = threading.Lock()  # of _most and the gate, which go together
         self._gate = threading.Event()
         self._gate.set()
         self._end = False
@@ -49,8 +50,9 @@ class Relay:
 
     def open(self, pace: int, most: float = math.inf) -> None:
         """Lets the stream pass, at `pace` bytes per second (0: as fast as it comes), and `most` bytes of it."""
-        self._pace, self._most = pace, most
-        self._gate.set()
+        with self._lock:
+            self._pace, self._most = pace, most
+            self._gate.set()
 
     def shut(self) -> None:
         """At most a CHUNK that was read already still passes."""
@@ -72,6 +74,9 @@ class Relay:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
         self.near.close()
+        if self._thread.ident is None:  # nobody else closes them
+            self._here.close()
+            self._far.close()
 
     def _run(self) -> None:
         reason = ""
@@ -96,9 +101,10 @@ class Relay:
                 return
             self._far.sendall(data)
             self.passed += len(data)
-            self._most -= len(data)
-            if self._most <= 0:
-                self._gate.clear()
+            with self._lock:
+                self._most -= len(data)
+                if self._most <= 0:
+                    self._gate.clear()
             pace = self._pace
             owed = max(0.0, owed + len(data) / pace - (time.monotonic() - began)) if pace else 0.0
             if owed > PACE_S:

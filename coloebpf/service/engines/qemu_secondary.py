@@ -122,17 +122,19 @@ class QemuSecondary:
         await self._disks.end()
 
     async def stop(self) -> None:
-        """See Engine. The QEMUs go on."""
+        """See Engine. The SVM goes on; a standby ends with its copy, for there may be no next service."""
         self._stopped = True
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._leaving, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.standby is not None:
+            self._discard()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         if self._listener is not None:
             self._listener.close()
         await self._disks.close()
-        for vm in (self.svm, self.standby.vm if self.standby else None):
-            if vm is not None:
-                await vm.qmp.close()
+        if self.svm is not None:
+            await self.svm.qmp.close()
 
     # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
 
@@ -247,7 +249,7 @@ class QemuSecondary:
             late = {"capability": "late-block-activate", "state": True}  # they are opened when the SVM is to run
             await vm.qmp.do("migrate-set-capabilities", capabilities=[*CAPABILITIES, late])
             await vm.qmp.do("migrate-set-parameters", announce_rounds=0)
-        except EngineError:
+        except BaseException:
             await self._vms.end(vm)
             raise
         if self._mine:  # a failover came meanwhile

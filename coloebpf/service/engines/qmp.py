@@ -35,28 +35,28 @@ class Qmp:
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
 
-    async def connect(self, path: Path, timeout_s: float = TIMEOUT_S) -> None:
+    async def connect(self, path: Path) -> None:
         """Raises EngineError if nobody, or somebody who is no QEMU, is there."""
         try:
-            await asyncio.wait_for(self._client.connect(str(path)), timeout_s)
+            await asyncio.wait_for(self._client.connect(str(path)), TIMEOUT_S)
         except (QMPError, OSError, TimeoutError) as e:
             await self._leave()
             raise EngineError(f"no QEMU answers at {path}: {e or 'it took too long'}") from e
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._hear()), loop.create_task(self._watch())]
 
-    async def do(self, command: str, timeout_s: float = TIMEOUT_S, /, **arguments: object) -> Any:
+    async def do(self, command: str, /, **arguments: object) -> Any:
         """What QEMU returns. Raises EngineError if it refuses, is gone, or does not answer in time.
 
         In the arguments' names `_` stands for `-`.
         """
         named = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
-            return await asyncio.wait_for(self._client.execute(command, named or None), timeout_s)
+            return await asyncio.wait_for(self._client.execute(command, named or None), TIMEOUT_S)
         except ExecuteError as e:
             raise EngineError(f"{self.name} refuses {command}: {e}") from e
         except TimeoutError as e:
-            raise EngineError(f"{self.name} has not answered {command} in {timeout_s:g} s") from e
+            raise EngineError(f"{self.name} has not answered {command} in {TIMEOUT_S:g} s") from e
         except (QMPError, OSError) as e:
             raise EngineError(f"{self.name} is gone: {command} has no answer") from e
 
