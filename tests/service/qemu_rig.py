@@ -129,6 +129,7 @@ class Rig:
         self.heard: list[tuple[float, str, EngineEvent]] = []
         self.said: list[str] = []
         self.linked = True
+        self.lost: set[str] = set()  # words of which the next one is
         self.on_step: Callable[[str], None] = lambda step: None  # words, and names of events
         self._pvm: subprocess.Popen[bytes] | None = None
         self.primary = self.make_primary()
@@ -287,6 +288,9 @@ class Rig:
     def _to(self, host: str) -> Callable[[str, int, str], object]:
         def tell(word: str, number: int, detail: str) -> None:
             if not self.linked:
+                return
+            if word in self.lost:
+                self.lost.discard(word)
                 return
             self.said.append(f"{host} {word} {number}")
             self.on_step(word)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from coloebpf.errors import EngineError
 from coloebpf.service.engine import Committed, DomainGone, Failed
+from coloebpf.service.engines.qemu_disks import Disks
 from tests.service.qemu_rig import Rig
 from tests.service.test_qemu_engine import patience, play
 from tests.service.test_qemu_failures import Play, goes_on, kill, kinds, protected, standby_pid, svm_pid
@@ -113,5 +116,47 @@ def test_the_next_services_go_on(play: Play) -> None:
         await rig.checkpoint()
         await ticks_on(rig)
         assert Failed not in kinds(rig, "a", before)
+
+    play(test)
+
+
+def test_a_lost_answer_is_given_again_and_one_of_another_round_is_not_heard(play: Play) -> None:
+    """Copies that were begun are not begun anew under the first ones."""
+
+    async def test(rig: Rig) -> None:
+        rig.lost.add("exported")
+        record = rig.dirs["b"] / "web" / "disks.json"
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: "exported" not in rig.lost, "the first copies")
+        daemon = record.read_text()
+        rig.primary.heard("exported", 0, "127.0.0.1 1")
+        rig.primary.heard("nodisks", 0, "none of this round")
+        await rig.until(lambda: Committed in kinds(rig, "a", 0), "the commit")
+        rounds = {word for word in rig.said if word.startswith("b disks")}
+        assert len(rounds) == 1
+        assert record.read_text() == daemon
+        assert Failed not in kinds(rig, "a", 0)
+
+    play(test)
+
+
+def test_a_lost_refusal_is_given_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, tries = Disks.begin, 0
+
+    async def first_fail(disks: Disks, sizes: Sequence[int]) -> None:
+        nonlocal tries
+        tries += 1
+        if tries <= 2:
+            raise EngineError("no room")
+        await begin(disks, sizes)
+
+    async def test(rig: Rig) -> None:
+        rig.lost.add("nodisks")
+        monkeypatch.setattr(Disks, "begin", first_fail)
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: Failed in kinds(rig, "a", 0), "the refusal")
+        assert tries == 2
+        failed = next(event for _, _, event in rig.heard if isinstance(event, Failed))
+        assert (failed.reason, failed.fatal) == ("no room", True)
 
     play(test)

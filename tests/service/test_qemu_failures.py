@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import socket
+from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,16 @@ import pytest
 
 from coloebpf.errors import EngineError
 from coloebpf.model import State
-from coloebpf.service.engine import Committed, DomainGone, EngineEvent, Failed, Ready, SecondaryGone, Suspended
+from coloebpf.service.engine import (
+    Committed,
+    DomainGone,
+    EngineEvent,
+    Failed,
+    Inquiring,
+    Ready,
+    SecondaryGone,
+    Suspended,
+)
 from coloebpf.service.engines import qemu_primary, qmp
 from coloebpf.service.engines.qemu_filling import Filling
 from coloebpf.service.engines.qemu_mirror import Mirrors
@@ -415,6 +427,67 @@ def test_a_service_of_the_secondary_that_ends_leaves_its_svm_alone(play: Play) -
         await rig.until(lambda: starts.exists() and str(old) not in starts.read_text(), "the start of a standby")
         await rig.secondary.stop()
         assert rig.qemus() == [svm]
+
+    play(test)
+
+
+def test_an_svm_that_does_not_take_over_at_once_is_told_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else has the guest. One that is gone is not waited for."""
+    do, tries = Qmp.do, 0
+
+    async def first_fail(qmp: Qmp, command: str, /, **arguments: object) -> Any:
+        nonlocal tries
+        if command == "cont":
+            tries += 1
+            if tries <= 2:
+                raise EngineError("no answer")
+        return await do(qmp, command, **arguments)
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        kill(rig.pvm_pid)
+        await rig.until(lambda: any(isinstance(e, DomainGone) for _, _, e in rig.heard), "the primary to notice")
+        monkeypatch.setattr(Qmp, "do", first_fail)
+        await rig.secondary.failover()
+        assert tries == 3
+        assert await rig.status(rig.secondary.svm) == "running"
+        kill(svm_pid(rig))
+        with pytest.raises(EngineError):
+            await rig.secondary.failover()
+
+    play(test)
+
+
+def test_a_connection_that_can_not_be_taken_in_is_not_the_last_one(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, tries = BaseSelectorEventLoop.sock_accept, 0
+
+    async def first_fails(loop: BaseSelectorEventLoop, listener: socket.socket) -> tuple[socket.socket, Any]:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return await accept(loop, listener)
+
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        assert tries > 1
+
+    monkeypatch.setattr(BaseSelectorEventLoop, "sock_accept", first_fails)
+    play(test)
+
+
+def test_a_service_that_comes_back_can_say_that_its_guest_is_gone(play: Play) -> None:
+    async def test(rig: Rig) -> None:
+        await protected(rig)
+        assert isinstance(rig.primary, Inquiring)
+        assert await rig.primary.guest_lives()
+        await rig.primary.stop()
+        kill(rig.pvm_pid)
+        rig.primary = rig.make_primary()
+        await rig.primary.start()
+        async with asyncio.timeout(PATIENCE_S):
+            while await rig.primary.guest_lives():
+                await asyncio.sleep(0.01)
 
     play(test)
 

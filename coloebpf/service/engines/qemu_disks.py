@@ -70,6 +70,8 @@ class Disks:
     async def begin(self, sizes: Sequence[int]) -> None:
         """Empty copies of disks of `sizes` bytes, open for the PVM's writes. Raises EngineError."""
         await self.end()
+        self._notes.unlink(missing_ok=True)  # of other copies: a service that ends before there are new ones has none
+        self._disks = []
         listen = self._config.disk_listen
         if listen is None or len(sizes) != len(self._config.disks):
             raise EngineError(f"{self._processes.title} has {len(sizes)} disks, [pair.qemu] of this host others")

@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import socket
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from coloebpf.errors import EngineError
@@ -101,6 +103,11 @@ class Copy:
             future.set_result(None)
 
 
+def _new_round() -> int:
+    """None that another service may have used."""
+    return 1 + secrets.randbelow(1 << 30)
+
+
 class QemuPrimary:
     """See coloebpf.service.engine.Engine. `state`: the pair's, as the dataplane has it."""
 
@@ -128,6 +135,7 @@ class QemuPrimary:
         self._asked_s = 0.0
         self._owed: Copy | None = None  # has come to nothing, and the PVM may stand still for it
         self._heard = 0  # number of the last standby that was offered; 0: none was
+        self._round = _new_round()  # of copying the disks: the number of all that is said about it
 
     # ---- coloebpf.service.engine.Engine ----------------------------------------------------------------------------
 
@@ -163,11 +171,27 @@ class QemuPrimary:
     async def stop(self) -> None:
         """See Engine. A PVM that stands still goes on."""
         self._stopped = True
+        if self._mirroring is not None:
+            self._tasks.append(self._mirroring)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.pvm is not None:
             await self.pvm.close()
+
+    async def guest_lives(self) -> bool:
+        """See Inquiring. One that hangs does: its monitor can be reached."""
+        path = self._monitor
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_unix_connection(path), CONNECT_S)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except TimeoutError:
+            return True
+        except OSError as e:
+            raise EngineError(f"nobody can look at {path}: {e.strerror}") from e
+        writer.close()
+        return True
 
     @property
     def filled(self) -> bool:
@@ -189,10 +213,11 @@ class QemuPrimary:
                 if self.copy is not None and not self.copy.whole.done():
                     self.copy.fail("the secondary has another standby")
                 self._wake.set()
-            case "exported":
+            case "exported" if number == self._round and self._state() is State.SYNCING:
                 host, port = detail.split()
                 self._mirroring = asyncio.get_running_loop().create_task(self._mirror(host, int(port)))
-            case "nodisks":
+            case "nodisks" if number == self._round and self._mirrors.due:
+                self._round = _new_round()
                 self._emit(Failed(detail, fatal=True))
                 self._emit(Ready())
             case "cut" if copy:
@@ -237,16 +262,19 @@ class QemuPrimary:
                 self._say_to("ask", self._heard, "")
                 if self.pvm is not None and self._mirrors.due and self._asked:
                     with contextlib.suppress(EngineError):
-                        self._say_to("disks", 0, json.dumps(await self._mirrors.sizes(self.pvm)))
+                        self._say_to("disks", self._round, json.dumps(await self._mirrors.sizes(self.pvm)))
             await asyncio.sleep(TEND_S)
 
-    async def _connect(self) -> None:
+    @property
+    def _monitor(self) -> Path:
         slot = self._vms.guest()
-        path = self._vms.config.qmp if slot is None else self._vms.socket(str(slot))
-        if not path.exists():
+        return self._vms.config.qmp if slot is None else self._vms.socket(str(slot))
+
+    async def _connect(self) -> None:
+        if not self._monitor.exists():
             return
         pvm = Qmp(f"the QEMU of {self._vms.name}", self._event, self._gone)
-        await pvm.connect(path)
+        await pvm.connect(self._monitor)
         try:
             followed = await self._take_up(pvm)
         except BaseException as e:
@@ -285,6 +313,7 @@ class QemuPrimary:
             self._emit(Ready())
 
     async def _end_mirrors(self, pvm: Qmp) -> None:
+        self._round = _new_round()
         try:
             await self._mirrors.end(pvm)
         except (EngineError, TimeoutError) as e:

@@ -33,7 +33,8 @@ from coloebpf.vifs import SvmVifs
 TOKEN_BYTES = 16  # random, of each standby; twice as many hexadecimal digits on the wire
 TOKEN_S = 2.0
 GO_S = 1.0  # a new SVM that was not told to run runs after that: its primary has another service by now
-RETRY_S = 1.0  # between two tries to start a standby
+RETRY_S = 1.0  # between two tries to start a standby, or to take in a connection after one that failed
+AGAIN_S = 0.1  # between two tries to let the SVM take over
 
 logger = logging.getLogger("coloebpf.qemu")
 
@@ -85,6 +86,8 @@ class QemuSecondary:
         self._listener: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopped = False
+        self._round = 0  # number of the disks' copies that were begun last; 0: none
+        self._beginning: asyncio.Task[None] | None = None  # of those copies
         self._mine = False  # by a failover the SVM has become the guest
         self._before: int | None = None  # number of the standby that was there when the link came up, until asked
         self._settled: int | None = None  # number of the standby that has become the SVM last
@@ -116,10 +119,23 @@ class QemuSecondary:
             self._discard()
         if self.svm is None:
             raise EngineError("there is no SVM")
-        await self.svm.qmp.do("cont")
+        await self._insist(self.svm)
         self._paused = False
         self._vms.note_guest(self.svm.slot)
+        self._round = 0
         await self._disks.end()
+
+    async def _insist(self, svm: Process) -> None:
+        """Until it runs: nobody else has the guest. Raises EngineError if it is gone."""
+        while True:
+            try:
+                await svm.qmp.do("cont")
+                return
+            except EngineError as e:
+                if svm.ended or self.svm is not svm:
+                    raise
+                say(logger, logging.WARNING, "the SVM does not take over yet", pair=self._vms.name, error=e)
+            await asyncio.sleep(AGAIN_S)
 
     async def stop(self) -> None:
         """See Engine. The SVM goes on; a standby ends with its copy, for there may be no next service."""
@@ -152,7 +168,7 @@ class QemuSecondary:
                     self._discard()
                 self._offer()
             case "disks":
-                self._spawn(self._copy_disks(json.loads(detail)))
+                self._copy_disks(number, json.loads(detail))
             case "switch" if known:
                 self._switch()
             case "cut" if self.standby is not None and known:
@@ -210,13 +226,29 @@ class QemuSecondary:
                 if self.svm is not None:
                     self._leave(self.svm)
                     self.svm = None
+                self._round = 0
                 await self._disks.end()
             await asyncio.sleep(pause)
 
-    async def _copy_disks(self, sizes: list[int]) -> None:
-        """A protection begins: empty copies, which nobody reads from before they are whole."""
+    def _copy_disks(self, number: int, sizes: list[int]) -> None:
+        """A protection begins. The primary says so until it has heard the answer, which may be lost."""
         if self._pair().state is not State.SYNCING:
             return
+        if number == self._round and self._beginning is not None and not self._beginning.done():
+            return
+        if number == self._round and self._disks.there:
+            self._tell_export(number)
+            return
+        if self._beginning is not None:
+            self._beginning.cancel()
+        self._round = number
+        self._beginning = asyncio.get_running_loop().create_task(self._begin_disks(number, sizes, self._beginning))
+        self._leaving_not(self._beginning)
+
+    async def _begin_disks(self, number: int, sizes: list[int], before: asyncio.Task[None] | None) -> None:
+        """Empty copies, which nobody reads from before they are whole."""
+        if before is not None:
+            await asyncio.wait((before,))
         if self.standby is not None:
             self._discard()
         if self.svm is not None:
@@ -224,15 +256,18 @@ class QemuSecondary:
             self.svm = None
         if self._leaving:
             await asyncio.wait(self._leaving)
-        listen = self._vms.config.disk_listen
         try:
             await self._disks.begin(sizes)
         except (EngineError, OSError) as e:
             say(logger, logging.ERROR, "there is no place for the guest's disks", pair=self._vms.name, error=e)
-            self._say_to("nodisks", 0, str(e))
+            self._say_to("nodisks", number, str(e))
             return
+        self._tell_export(number)
+
+    def _tell_export(self, number: int) -> None:
+        listen = self._vms.config.disk_listen
         assert listen is not None
-        self._say_to("exported", 0, f"{listen.host} {listen.port}")
+        self._say_to("exported", number, f"{listen.host} {listen.port}")
 
     async def _start_standby(self) -> None:
         if self._leaving:
@@ -276,7 +311,12 @@ class QemuSecondary:
         assert self._listener is not None
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(self._listener)
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except OSError as e:  # no descriptors are left, or whoever called has hung up
+                say(logger, logging.WARNING, "no connection could be taken in", pair=self._vms.name, error=e)
+                await asyncio.sleep(RETRY_S)
+                continue
             task = loop.create_task(self._take(connection))
             self._leaving_not(task)
 
