@@ -241,7 +241,8 @@ class Disks:
         """Until it has ended. Raises EngineError if it came to nothing."""
         ended = self._waiting.setdefault(job, asyncio.get_running_loop().create_future())
         try:
-            await asyncio.wait_for(asyncio.shield(ended), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(ended)
         except TimeoutError as e:
             raise EngineError(f"{DAEMON}: job {job} has not ended in {timeout_s} s") from e
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from coloebpf.errors import EngineError
@@ -19,6 +19,15 @@ END_S = 2.0
 JOB = "coloebpf-{}"
 FILTER = "coloebpf-{}-mirror"
 TARGET = "coloebpf-{}-replica"
+
+
+def unreplicated(devices: Iterable[Mapping[str, Any]], mirrors: Mirrors) -> str | None:
+    """Which disk of `query-block` keeps a guest from being protected: it can be written, and its SVM would lack it."""
+    for device in devices:
+        medium = device.get("inserted")
+        if medium and not medium.get("ro") and not mirrors.has(str(medium.get("node-name"))):
+            return f"disk {device.get('device') or device.get('qdev') or medium.get('node-name')}"
+    return None
 
 
 class Mirrors:

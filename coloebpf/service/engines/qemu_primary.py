@@ -15,7 +15,6 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from coloebpf.errors import EngineError
@@ -32,7 +31,7 @@ from coloebpf.service.engine import (
     Suspended,
 )
 from coloebpf.service.engines.qemu_filling import MIB, RUNNING, Filling, progress
-from coloebpf.service.engines.qemu_mirror import Mirrors
+from coloebpf.service.engines.qemu_mirror import Mirrors, unreplicated
 from coloebpf.service.engines.qemu_relay import Relay
 from coloebpf.service.engines.qemu_vms import Vms
 from coloebpf.service.engines.qmp import Qmp
@@ -181,9 +180,10 @@ class QemuPrimary:
 
     async def guest_lives(self) -> bool:
         """See Inquiring. One that hangs does: its monitor can be reached."""
-        path = self._monitor
+        path = self._vms.monitor()
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_unix_connection(path), CONNECT_S)
+            async with asyncio.timeout(CONNECT_S):
+                _, writer = await asyncio.open_unix_connection(path)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
         except TimeoutError:
@@ -265,16 +265,12 @@ class QemuPrimary:
                         self._say_to("disks", self._round, json.dumps(await self._mirrors.sizes(self.pvm)))
             await asyncio.sleep(TEND_S)
 
-    @property
-    def _monitor(self) -> Path:
-        slot = self._vms.guest()
-        return self._vms.config.qmp if slot is None else self._vms.socket(str(slot))
-
     async def _connect(self) -> None:
-        if not self._monitor.exists():
+        monitor = self._vms.monitor()
+        if not monitor.exists():
             return
         pvm = Qmp(f"the QEMU of {self._vms.name}", self._event, self._gone)
-        await pvm.connect(self._monitor)
+        await pvm.connect(monitor)
         try:
             followed = await self._take_up(pvm)
         except BaseException as e:
@@ -366,15 +362,12 @@ class QemuPrimary:
 
     async def _refusal(self, pvm: Qmp) -> str | None:
         """Why this guest can't be protected: a disk that it can write, and its SVM would have none like it."""
-        for device in await pvm.do("query-block"):
-            medium = device.get("inserted")
-            if medium and not medium.get("ro") and not self._mirrors.has(str(medium.get("node-name"))):
-                name = device.get("device") or device.get("qdev") or medium.get("node-name")
-                return (
-                    f"disk {name} of {self._vms.name} can be written and is not replicated: "
-                    "make it read-only, or keep the guest's data in its memory"
-                )
-        return None
+        if (disk := unreplicated(await pvm.do("query-block"), self._mirrors)) is None:
+            return None
+        return (
+            f"{disk} of {self._vms.name} can be written and is not replicated: "
+            "make it read-only, or keep the guest's data in its memory"
+        )
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -482,7 +475,8 @@ class QemuPrimary:
             pause = await filling.look(self._requested)
             if not (self._requested and filling.ready):
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._wake.wait()
                 self._wake.clear()
 
     async def _reach(self, copy: Copy) -> Relay:
@@ -517,7 +511,8 @@ class QemuPrimary:
 
     async def _within(self, future: asyncio.Future[None], seconds: float, else_: str) -> None:
         try:
-            await asyncio.wait_for(asyncio.shield(future), seconds)
+            async with asyncio.timeout(seconds):
+                await asyncio.shield(future)
         except TimeoutError as e:
             raise EngineError(f"{else_} in {seconds:g} s") from e
 

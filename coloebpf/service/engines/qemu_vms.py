@@ -46,6 +46,11 @@ class Vms(Processes):
         except (OSError, ValueError):
             return None
 
+    def monitor(self) -> Path:
+        """Where the guest's own QEMU answers, if this host has the guest."""
+        slot = self.guest()
+        return self.config.qmp if slot is None else self.socket(str(slot))
+
     def note_guest(self, slot: int | None) -> None:
         """For the next service, whatever this host's role will be."""
         if slot is None:

@@ -38,7 +38,8 @@ class Qmp:
     async def connect(self, path: Path) -> None:
         """Raises EngineError if nobody, or somebody who is no QEMU, is there."""
         try:
-            await asyncio.wait_for(self._client.connect(str(path)), TIMEOUT_S)
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._client.connect(str(path))
         except (QMPError, OSError, TimeoutError) as e:
             await self._leave()
             raise EngineError(f"no QEMU answers at {path}: {e or 'it took too long'}") from e
@@ -52,7 +53,9 @@ class Qmp:
         """
         named = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
-            return await asyncio.wait_for(self._client.execute(command, named or None), TIMEOUT_S)
+            # Not wait_for(): Python 3.11's may swallow a cancellation that comes together with the answer.
+            async with asyncio.timeout(TIMEOUT_S):
+                return await self._client.execute(command, named or None)
         except ExecuteError as e:
             raise EngineError(f"{self.name} refuses {command}: {e}") from e
         except TimeoutError as e:
@@ -78,7 +81,8 @@ class Qmp:
 
     async def _leave(self) -> None:
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
-            await asyncio.wait_for(self._client.disconnect(), CLOSE_S)
+            async with asyncio.timeout(CLOSE_S):
+                await self._client.disconnect()
 
     async def _hear(self) -> None:
         async for event in self._listener:
