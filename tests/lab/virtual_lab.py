@@ -21,7 +21,7 @@ from tests.lab.conftest import new_name
 
 SOON = 60.0  # seconds that anything may take: two emulated machines and both services share this one's CPUs
 # The services wait for the CPU too: silence for less is no sign of a lost host here.
-PEER_TIMEOUT_MS = 1000
+PEER_TIMEOUT_MS = 3000
 RELOADED = "configuration is reloaded"  # in a service's log
 
 
