@@ -257,13 +257,18 @@ class QemuPrimary:
                     await self._end_mirrors(self.pvm)
                     self._emit(Ready())  # for the next protection: after a fatal failure nobody expects it
             now = asyncio.get_running_loop().time()
-            if wanted and self._standby is None and self.copy is None and now - self._asked_s > ASK_S:
+            if wanted and now - self._asked_s > ASK_S:
                 self._asked_s = now
-                self._say_to("ask", self._heard, "")
-                if self.pvm is not None and self._mirrors.due and self._asked:
-                    with contextlib.suppress(EngineError):
-                        self._say_to("disks", self._round, json.dumps(await self._mirrors.sizes(self.pvm)))
+                await self._ask()
             await asyncio.sleep(TEND_S)
+
+    async def _ask(self) -> None:
+        """For what the secondary should have offered by now; each until it has."""
+        if self._standby is None and self.copy is None:
+            self._say_to("ask", self._heard, "")
+        if self.pvm is not None and self._mirrors.due and self._asked:
+            with contextlib.suppress(EngineError):
+                self._say_to("disks", self._round, json.dumps(await self._mirrors.sizes(self.pvm)))
 
     async def _connect(self) -> None:
         monitor = self._vms.monitor()
