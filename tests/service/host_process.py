@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from coloebpf.model import FwdBeat, Role, State
+from coloebpf.service import farewell
 from coloebpf.service.arbiters.base import Refusal, keep
 from coloebpf.service.arbiters.etcd import EtcdArbiter
 from coloebpf.service.beat_frames import ETHERTYPE
@@ -34,9 +35,11 @@ from coloebpf.service.peer.pki import Identity
 from coloebpf.service.peer.witness import lease_of
 
 MS = 1_000_000
-INTERVAL_MS, TIMEOUT_MS = 50, 200  # the configuration's defaults
+INTERVAL_MS = 50  # the configuration's default
 PAIR, NIC = 0, 0
-GRACE_MS = 3000
+GRACE_MS = 6000  # beyond the ordinary lease, and time for a process to start
+ETCD_LEASE_S = 2
+ANSWER_S = 10.0  # for the other side's word; the service gives it less than a busy machine may need
 PAYLOAD_AT = 14 + 5  # of a frame: behind Ethernet, magic and version
 
 
@@ -76,17 +79,20 @@ class HostProcess:
     def __init__(self, about: dict[str, Any]) -> None:
         self.role = Role(about["role"])
         self.words = Words(Path(about["words"]))
-        cookie, lease = secrets.token_bytes(16), lease_of(TIMEOUT_MS * MS)
+        timeout_ns = about["timeout_ms"] * MS
+        cookie, lease = secrets.token_bytes(16), lease_of(timeout_ns)
         pki = Path(about["pki"])
         name = about["name"]
-        self.arbiter = EtcdArbiter(EtcdConfig(endpoints=(about["etcd"],), lease_s=2), name, time.monotonic_ns)
+        self.arbiter = EtcdArbiter(
+            EtcdConfig(endpoints=(about["etcd"],), lease_s=ETCD_LEASE_S), name, time.monotonic_ns
+        )
         self.noted: dict[int, FwdBeat] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.name, self.joined, self.decided = about["pair"], False, False
         self.beat = Heartbeat(
             session=cookie,
             interval_ns=INTERVAL_MS * MS,
-            timeout_ns=TIMEOUT_MS * MS,
+            timeout_ns=timeout_ns,
             lease_ns=lease,
             clock=time.monotonic_ns,
             send=self.send,
@@ -184,4 +190,5 @@ class HostProcess:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    farewell.ANSWER_S = ANSWER_S
     asyncio.run(HostProcess(json.loads(sys.argv[1])).run())

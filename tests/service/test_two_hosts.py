@@ -22,11 +22,20 @@ import pytest
 from coloebpf.model import Role, State
 from coloebpf.netns import inside
 from coloebpf.service.peer.pki import init_pki
+from coloebpf.service.peer.witness import lease_of
 from tests.service import etcds
 from tests.service.etcds import Member
-from tests.service.host_process import GRACE_MS, Words
+from tests.service.host_process import ETCD_LEASE_S, GRACE_MS, Words
 
-PATIENCE = 20.0  # seconds
+PATIENCE = 60.0  # seconds
+# Without a heartbeat for so long the other host is lost. The configuration's default is for machines of one's own: here
+# a process may stand still for a second.
+TIMEOUT_MS = 1500
+SHORT_MS = 200  # the default, for what has to be true however late anybody is
+LEASE_S, GRACE_S = lease_of(TIMEOUT_MS) / 1000, GRACE_MS / 1000
+# A takeover, with time to spare; a service in doubt about what its predecessor has granted would wait 10 s from its start.
+SOON_S = LEASE_S + 3
+NS = 1_000_000_000
 pytestmark = pytest.mark.real_time
 ROLES = {"a": Role.PRIMARY, "b": Role.SECONDARY}
 MANAGEMENT = {"a": "192.0.2.1", "b": "192.0.2.2"}  # of documentation, in namespaces of the test's own
@@ -112,8 +121,8 @@ def etcd(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Membe
 class Two:
     """Both hosts' processes."""
 
-    def __init__(self, site: Site, etcd: Member, directory: Path) -> None:
-        self.site, self.etcd = site, etcd
+    def __init__(self, site: Site, etcd: Member, directory: Path, timeout_ms: int) -> None:
+        self.site, self.etcd, self.timeout_ms = site, etcd, timeout_ms
         init_pki(directory / "pki", tuple(ROLES))
         self.words, self.logs = {}, {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -131,7 +140,7 @@ class Two:
         about = {
             "name": name, "peer": other, "role": int(role), "words": str(directory / name), "etcd": self.etcd.url,
             "pki": str(directory / "pki"), "listen": MANAGEMENT[name], "connect": MANAGEMENT[other],
-            "pair": f"pair-{directory.name}",
+            "pair": f"pair-{directory.name}", "timeout_ms": self.timeout_ms,
         }  # fmt: skip
         with inside(self.site.spaces[name]), self.logs[name].open("ab") as log:
             command = (sys.executable, "-m", "tests.service.host_process", json.dumps(about))
@@ -173,37 +182,42 @@ class Two:
 
 
 @pytest.fixture
-def two(site: Site, etcd: Member, tmp_path: Path) -> Iterator[Two]:
-    """In lock-step for a random while."""
-    made = Two(site, etcd, tmp_path)
+def two(request: pytest.FixtureRequest, site: Site, etcd: Member, tmp_path: Path) -> Iterator[Two]:
+    """In lock-step for a random while. A parameter is their timeout."""
+    made = Two(site, etcd, tmp_path, getattr(request, "param", TIMEOUT_MS))
     try:
-        made.watch(lambda: made.speakers() == "a")
+        made.watch(lambda: made.speakers() != "")
         made.watch_for(0.5 + random.random() / 5)
         yield made
     finally:
         made.end()
-        etcd.thaw()
         with inside(site.spaces["etcd"]):
-            etcd.wait()
+            etcd.mend()
 
 
 def test_given_lock_step_when_nothing_happens_then_the_primary_speaks_all_the_time(two: Two) -> None:
-    silent = 0
-    end = time.monotonic() + 3
-    while time.monotonic() < end:
-        silent += two.speakers() != "a"
-        time.sleep(0.001)
-    assert silent < 300, f"silent for {silent} of some 3,000 looks\n{two.said()}"  # a busy machine stalls processes
+    silent_ns, looked_ns = 0, time.monotonic_ns()
+    end_ns = looked_ns + 3 * NS
+
+    def over() -> bool:
+        nonlocal silent_ns, looked_ns
+        before_ns, looked_ns = looked_ns, time.monotonic_ns()
+        silent_ns += max(0, looked_ns - max(before_ns, two.words["a"].deadline_ns))
+        return looked_ns >= end_ns
+
+    two.watch(over)
+    assert two.state("a") is State.LOCKSTEP, two.said()
+    assert silent_ns < 0.3 * NS, two.said()  # a busy machine stalls processes
 
 
 @pytest.mark.parametrize("device", ["mgmt", "fwd"])
 def test_given_lock_step_when_one_path_is_cut_then_nothing_but_a_warning(two: Two, device: str) -> None:
     two.site.set(device, "down")
-    two.watch_for(2)
+    two.watch_for(LEASE_S + 1)
+    two.watch(lambda: "a path to the peer is lost" in two.said())
     assert two.state("a") is State.LOCKSTEP
     assert two.state("b") is State.UNPROTECTED  # it never decided anything
     assert two.speakers() == "a"
-    assert "a path to the peer is lost" in two.said()
 
 
 def test_given_lock_step_when_the_primary_is_killed_then_the_secondary_is_promoted_soon(two: Two) -> None:
@@ -211,17 +225,17 @@ def test_given_lock_step_when_the_primary_is_killed_then_the_secondary_is_promot
     two.processes["a"].wait()
     took = two.watch(lambda: two.state("b") is State.PROMOTED)
     print(f"promoted after {took * 1000:.0f} ms")
-    assert took > 0.2  # its leave had to end first
-    assert took < 2
-    two.watch_for(2.5)  # longer than etcd's lease: it is renewed
-    assert two.speakers() == "b"
+    assert two.speakers() == "b"  # a's leave had to end first
+    assert took < SOON_S
+    two.watch_for(ETCD_LEASE_S + 0.5)
+    two.watch(lambda: two.speakers() == "b")  # the lease is renewed
 
 
 def test_given_lock_step_when_the_secondary_is_killed_then_the_primary_goes_on_alone(two: Two) -> None:
     two.signal("b", signal.SIGKILL)
     two.watch(lambda: two.state("a") is State.PASSTHROUGH)
-    two.watch_for(2.5)
-    assert two.speakers() == "a"
+    two.watch_for(ETCD_LEASE_S + 0.5)
+    two.watch(lambda: two.speakers() == "a")  # the lease is renewed
 
 
 @pytest.mark.parametrize("name", ROLES)
@@ -230,22 +244,24 @@ def test_given_lock_step_when_a_service_is_restarted_as_planned_then_the_primary
 ) -> None:
     two.signal(name, signal.SIGTERM)
     two.processes[name].wait()
-    two.watch_for(1.0)  # some leases
+    left = time.monotonic()
+    two.watch_for(LEASE_S + 0.1)
     assert two.speakers() == "a"
     two.start(name)
-    two.watch_for(3.5)  # longer than the grace
+    two.watch_for(left + GRACE_S + 0.3 - time.monotonic())
     assert two.speakers() == "a", two.said()
     assert (two.state("a"), two.state("b")) == (State.LOCKSTEP, State.UNPROTECTED)
     two.signal("a", signal.SIGKILL)
-    assert two.watch(lambda: two.state("b") is State.PROMOTED) < 2
+    assert two.watch(lambda: two.state("b") is State.PROMOTED) < SOON_S
 
 
 def test_given_a_planned_restart_when_the_primary_stays_away_then_the_secondary_takes_over_behind_the_grace(
     two: Two,
 ) -> None:
+    began = time.monotonic()
     two.signal("a", signal.SIGTERM)
-    took = two.watch(lambda: two.state("b") is State.PROMOTED)
-    assert GRACE_MS / 1000 - 0.1 < took < GRACE_MS / 1000 + 2
+    two.watch(lambda: two.state("b") is State.PROMOTED)
+    assert GRACE_S < time.monotonic() - began < GRACE_S + SOON_S
 
 
 def test_given_lock_step_when_the_primary_is_frozen_and_wakes_up_then_it_finds_itself_halted(two: Two) -> None:
@@ -255,7 +271,7 @@ def test_given_lock_step_when_the_primary_is_frozen_and_wakes_up_then_it_finds_i
     two.signal("a", signal.SIGCONT)
     two.watch(lambda: two.state("a") is State.HALTED)
     two.watch_for(1)
-    assert two.speakers() == "b"
+    two.watch(lambda: two.speakers() == "b")
 
 
 def test_given_lock_step_when_the_secondary_is_frozen_and_wakes_up_then_it_stays_silent(two: Two) -> None:
@@ -264,21 +280,24 @@ def test_given_lock_step_when_the_secondary_is_frozen_and_wakes_up_then_it_stays
     two.watch_for(random.random())
     two.signal("b", signal.SIGCONT)
     two.watch_for(2)
-    assert two.speakers() == "a"
+    two.watch(lambda: two.speakers() == "a")
     assert two.state("b") in (State.UNPROTECTED, State.HALTED)
 
 
-def test_given_lock_step_when_both_paths_are_cut_then_the_primary_goes_on_and_the_secondary_halts(two: Two) -> None:
+def test_given_lock_step_when_both_paths_are_cut_then_one_goes_on_and_the_other_halts(two: Two) -> None:
+    """The primary, if it is not kept from asking first (test_witness.py)."""
     two.site.set("mgmt", "down")
     two.site.set("fwd", "down")
-    two.watch(lambda: two.state("a") is State.PASSTHROUGH and two.state("b") is State.HALTED)
-    two.watch_for(2.5)
-    assert two.speakers() == "a"
+    one_alone = ((State.PASSTHROUGH, State.HALTED), (State.HALTED, State.PROMOTED))
+    two.watch(lambda: (two.state("a"), two.state("b")) in one_alone)
+    speaker = "ab"[two.state("a") is State.HALTED]
+    two.watch_for(ETCD_LEASE_S + 0.5)
+    two.watch(lambda: two.speakers() == speaker)
 
 
 def test_given_both_paths_cut_when_the_arbiter_is_frozen_too_then_both_are_silent_until_it_is_back(two: Two) -> None:
     two.etcd.freeze()
-    two.watch_for(1)
+    two.watch_for(ETCD_LEASE_S + 0.5)
     assert two.speakers() == "a"  # lock-step needs no arbiter
     two.site.set("mgmt", "down")
     two.site.set("fwd", "down")
@@ -287,16 +306,18 @@ def test_given_both_paths_cut_when_the_arbiter_is_frozen_too_then_both_are_silen
     assert two.speakers() == ""
     two.etcd.thaw()
     two.watch(lambda: len(two.speakers()) == 1)
+    two.watch(lambda: State.HALTED in (two.state("a"), two.state("b")))
     two.watch_for(1)
-    halted = [name for name in ROLES if two.state(name) is State.HALTED]
-    assert len(halted) == 1
+    two.watch(lambda: len(two.speakers()) == 1)
 
 
 def test_given_a_primary_alone_when_it_can_not_renew_then_it_falls_silent_and_speaks_again_later(two: Two) -> None:
     two.signal("b", signal.SIGKILL)
     two.watch(lambda: two.state("a") is State.PASSTHROUGH)
     two.etcd.freeze()
-    assert two.watch(lambda: two.speakers() == "") < 2.5
+    frozen_ns = time.monotonic_ns()
+    two.watch(lambda: two.speakers() == "")
+    assert two.words["a"].deadline_ns < frozen_ns + ETCD_LEASE_S * NS
     two.etcd.thaw()
     two.watch(lambda: two.speakers() == "a")
 
@@ -311,6 +332,7 @@ def test_given_a_primary_alone_when_it_is_frozen_for_longer_than_its_lease_then_
     two.watch(lambda: two.speakers() == "a")  # etcd says that it is still the one
 
 
+@pytest.mark.parametrize("two", [SHORT_MS], indirect=True)
 @pytest.mark.parametrize("seed", range(4))
 def test_given_lock_step_when_anything_happens_then_never_two(two: Two, seed: int) -> None:
     chance = random.Random(seed)
