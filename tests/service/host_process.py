@@ -1,7 +1,8 @@
 """One host's link, heartbeat and arbiter in a process of its own, as test_two_hosts.py starts it.
 
-It stands where the service's supervisor will. Instead of the dataplane's map there is a file with the pair's state and
-deadline (two words of 8 bytes), which the test reads as the programs read theirs; instead of XDP a socket on fwd.
+It says "loaded", and serves once it has got a line. It stands where the service's supervisor will. Instead of the
+dataplane's map there is a file with the pair's state and deadline (two words of 8 bytes), which the test reads as the
+programs read theirs; instead of XDP a socket on fwd.
 """
 
 from __future__ import annotations
@@ -191,4 +192,6 @@ class HostProcess:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     farewell.ANSWER_S = ANSWER_S
+    print("loaded", flush=True)
+    sys.stdin.readline()
     asyncio.run(HostProcess(json.loads(sys.argv[1])).run())

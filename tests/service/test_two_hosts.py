@@ -125,16 +125,19 @@ class Two:
         self.site, self.etcd, self.timeout_ms = site, etcd, timeout_ms
         init_pki(directory / "pki", tuple(ROLES))
         self.words, self.logs = {}, {}
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.spawned: list[subprocess.Popen[str]] = []
         self.directory = directory
         for name in ROLES:
             (directory / name).write_bytes(bytes(16))
             self.words[name] = Words(directory / name)
             self.logs[name] = directory / f"{name}.log"
-            self.start(name)
+        for name, process in [(name, self.spawn(name)) for name in ROLES]:
+            self.loaded(process)
+            self.start(name, process)
 
-    def start(self, name: str) -> None:
-        """A host's service; its words are as they were."""
+    def spawn(self, name: str) -> subprocess.Popen[str]:
+        """The process of a host's next service, which does nothing yet; loading its modules may take seconds."""
         directory, role = self.directory, ROLES[name]
         other = "ab"[name == "a"]
         about = {
@@ -144,7 +147,21 @@ class Two:
         }  # fmt: skip
         with inside(self.site.spaces[name]), self.logs[name].open("ab") as log:
             command = (sys.executable, "-m", "tests.service.host_process", json.dumps(about))
-            self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
+        self.spawned.append(process)
+        return process
+
+    def loaded(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout
+        assert process.stdout.readline() == "loaded\n", self.said()
+
+    def start(self, name: str, process: subprocess.Popen[str]) -> None:
+        """The process serves; the host's words are as they were."""
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+        self.processes[name] = process
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self.processes[name].send_signal(number)
@@ -174,9 +191,9 @@ class Two:
         return "\n".join(f"{name}: {line}" for name, log in self.logs.items() for line in log.read_text().splitlines())
 
     def end(self) -> None:
-        for process in self.processes.values():
+        for process in self.spawned:
             process.kill()
-            process.wait()
+            process.communicate()
         for device in ("mgmt", "fwd"):
             self.site.set(device, "up")
 
@@ -242,12 +259,14 @@ def test_given_lock_step_when_the_secondary_is_killed_then_the_primary_goes_on_a
 def test_given_lock_step_when_a_service_is_restarted_as_planned_then_the_primary_speaks_all_the_time(
     two: Two, name: str
 ) -> None:
+    successor = two.spawn(name)
+    two.loaded(successor)
     two.signal(name, signal.SIGTERM)
     two.processes[name].wait()
     left = time.monotonic()
     two.watch_for(LEASE_S + 0.1)
     assert two.speakers() == "a"
-    two.start(name)
+    two.start(name, successor)
     two.watch_for(left + GRACE_S + 0.3 - time.monotonic())
     assert two.speakers() == "a", two.said()
     assert (two.state("a"), two.state("b")) == (State.LOCKSTEP, State.UNPROTECTED)
