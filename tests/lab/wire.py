@@ -16,7 +16,7 @@ from coloebpf.events import event_of
 from coloebpf.lab.plan import HOSTS, PAIR, LabPlan
 from coloebpf.model import EVENTS, Policy, State
 from coloebpf.netns import inside
-from tests.lab.fence import pass_all_cpus
+from tests.fence import pass_all_cpus
 
 ETH_P_ALL = 3
 SOL_PACKET, PACKET_AUXDATA, PACKET_VNET_HDR = 263, 8, 15  # linux/if_packet.h

@@ -1,6 +1,7 @@
 """What the tests in QEMU share: Debian's kernel, the repository and a way to run a command under it."""
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +9,42 @@ import pytest
 
 from coloebpf.lab import image
 from tests.vm import machine
+from tests.vm.ahead import REPO, Ahead
 from tests.vm.machine import Result
 
-REPO = Path(__file__).resolve().parents[2]
+FUZZ_FRAMES = 20_000  # a million take minutes there; tests/unit shows them to this machine's kernel
+PYTHON = ".venv/bin/python"
+UNIT_TESTS = f"{PYTHON} -m pytest tests/unit -m kernel -q -p no:cacheprovider -o timeout=3000 --durations=10"
+COMMANDS = {
+    "unit": f"COLOEBPF_FUZZ_FRAMES={FUZZ_FRAMES} {UNIT_TESTS}",
+    "smoke": f"{PYTHON} -m tests.vm.loader_smoke",
+}
+RUNS = pytest.StashKey[dict[str, Ahead]]()
 
 RunInVm = Callable[..., Result]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What takes ten minutes begins before the first test."""
+    if session.config.option.collectonly or not any(
+        "runs" in getattr(item, "fixturenames", ()) for item in session.items
+    ):
+        return
+    if image.find_kernel() is not None:
+        session.config.stash[RUNS] = {
+            name: Ahead(command, Path(tempfile.mkdtemp(prefix=f"vm-{name}-"))) for name, command in COMMANDS.items()
+        }
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for run in config.stash.get(RUNS, {}).values():
+        run.end()
+
+
+@pytest.fixture
+def runs(debian_kernel: image.Kernel, pytestconfig: pytest.Config) -> dict[str, Ahead]:
+    """Those machines, one for each command."""
+    return pytestconfig.stash[RUNS]
 
 
 @pytest.fixture(scope="session")

@@ -51,26 +51,37 @@ class Result:
     seconds: float
 
 
-def run(kernel: Kernel, command: str, *, repo: Path, work_dir: Path, timeout_s: float, under: str = INIT) -> Result:
+def run(
+    kernel: Kernel,
+    command: str,
+    *,
+    repo: Path,
+    work_dir: Path,
+    timeout_s: float,
+    under: str = INIT,
+    boot_limit_s: float = BOOT_LIMIT_S,
+) -> Result:
     """Boots `kernel` and runs the shell text `command` in `repo` as root, for at most `timeout_s`.
 
     `under`: INIT, where process 1 does nothing but that, or SYSTEMD, where the command is a unit.
     """
     for attempt in range(1, BOOT_TRIES):
         try:
-            return _run_once(kernel, command, repo, work_dir / f"boot{attempt}", timeout_s, under)
+            return _run_once(kernel, command, repo, work_dir / f"boot{attempt}", timeout_s, under, boot_limit_s)
         except BootStallError:
             continue
-    return _run_once(kernel, command, repo, work_dir / f"boot{BOOT_TRIES}", timeout_s, under)
+    return _run_once(kernel, command, repo, work_dir / f"boot{BOOT_TRIES}", timeout_s, under, boot_limit_s)
 
 
-def _run_once(kernel: Kernel, command: str, repo: Path, work_dir: Path, timeout_s: float, under: str) -> Result:
+def _run_once(
+    kernel: Kernel, command: str, repo: Path, work_dir: Path, timeout_s: float, under: str, boot_limit_s: float
+) -> Result:
     work_dir.mkdir()
     archive = initramfs.build(kernel, command, repo, work_dir, under)
     output = work_dir / "output.log"
     start = time.monotonic()
     up_at: float | None = None
-    limit = BOOT_LIMIT_S + timeout_s
+    limit = boot_limit_s + timeout_s
     with _host_root_served(work_dir, limit) as served, _qemu(served, kernel, archive, work_dir, limit) as qemu:
         while True:
             ended = qemu.poll() is not None  # before the look at the output: what came last is then there
@@ -83,8 +94,8 @@ def _run_once(kernel: Kernel, command: str, repo: Path, work_dir: Path, timeout_
                 return Result(int(found[1]), text[len(UP) : found.start()], now - start)
             if ended:
                 raise VmError(f"the machine ended without a result\n{_said(work_dir)}")
-            if up_at is None and now - start > BOOT_LIMIT_S:
-                raise BootStallError(f"init was not up after {BOOT_LIMIT_S:g} s\n{_said(work_dir)}")
+            if up_at is None and now - start > boot_limit_s:
+                raise BootStallError(f"init was not up after {boot_limit_s:g} s\n{_said(work_dir)}")
             if up_at is not None and now - up_at > timeout_s:
                 raise VmError(f"the command was not done after {timeout_s:g} s\n{_said(work_dir)}")
             time.sleep(POLL_S)

@@ -7,7 +7,8 @@ import pytest
 
 from coloebpf.lab.image import Kernel, find_kernel
 from tests.vm import machine
-from tests.vm.conftest import REPO, RunInVm
+from tests.vm.ahead import REPO
+from tests.vm.conftest import RunInVm
 from tests.vm.machine import VmError
 
 pytestmark = pytest.mark.vm
