@@ -10,7 +10,15 @@ settings.register_profile("shared_machine", deadline=None, suppress_health_check
 settings.load_profile("shared_machine")
 
 # What a wait says when it ends in vain: until(), a timeout of a socket, of a process, of pytest's own or of a command that a QEMU has not answered.
-IN_VAIN = (r"not in [\d.]+ s: ", "waited in vain", "did not come about", "TimeoutError", "TimeoutExpired", r"Timeout >", "has not answered")
+IN_VAIN = (
+    r"not in [\d.]+ s: ",
+    "waited in vain",
+    "did not come about",
+    "TimeoutError",
+    "TimeoutExpired",
+    r"Timeout >",
+    "has not answered",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
