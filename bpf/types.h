@@ -383,7 +383,7 @@ struct counters {
 	u64 svm_packets, svm_bytes;             /* P4: SVM output that arrived */
 	u64 svm_parked, svm_unparked;           /* kept because ahead, and no longer */
 	u64 svm_swallowed;                      /* told nothing new */
-	u64 delivered, translated;              /* S1; S1, S2, S3 */
+	u64 delivered, translated;              /* S1; S1, S2, S3, and P1, P2 for aliases */
 	u64 svm_output;                         /* S2: to fwd or bridge */
 	u64 divergences[16];                    /* by enum reason */
 	u64 dropped[32];                        /* by enum drop */
