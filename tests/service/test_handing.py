@@ -52,7 +52,7 @@ def test_others_keep_nothing() -> None:
 
 def test_without_an_answer_the_protection_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coloebpf.service.handing.TAKE_S", 0.01)
-    monkeypatch.setattr("coloebpf.service.primary.RETRY_S", 0.01)
+    monkeypatch.setattr("coloebpf.service.protecting.RETRY_S", 0.01)
 
     async def test(world: World) -> None:
         lost: list[Message] = []
