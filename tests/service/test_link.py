@@ -297,7 +297,7 @@ async def _plain_http(pki: Path, tmp: Path, port: int) -> None:
 
 async def _other_version(pki: Path, tmp: Path, port: int) -> None:
     impostor = await Impostor.connect(identity(pki, "a"), port)
-    impostor.writer.write(messages.encode(Bye("x"), 1).replace(b'"v":1', b'"v":2'))
+    impostor.writer.write(messages.encode(Bye("x"), 1).replace(b'"v":2', b'"v":1'))
     assert await impostor.refused()
 
 
@@ -323,7 +323,7 @@ IN_VAIN: dict[Stranger, str] = {_silent: "HELLO_TIMEOUT", _silent_without_tls: "
         (_silent, "timeout", "no hello in time"),
         (_silent_without_tls, "timeout", "no TLS in time"),
         (_plain_http, "malformed", "HTTP_REQUEST"),
-        (_other_version, "version", "version 2 instead of 1"),
+        (_other_version, "version", "version 1 instead of 2"),
         (_huge_hello, "oversized", "announced 65537 bytes"),
     ],
 )
@@ -395,7 +395,7 @@ def test_a_server_with_another_name_or_ca_is_not_talked_to(pki: Path, tmp_path: 
     [
         (messages.encode(Settled(1), 2), "replay"),  # number 2 again
         (messages.encode(Settled(1), 4), "replay"),  # 3 is missing
-        (messages.encode(Settled(1), 3).replace(b'"v":1', b'"v":9'), "version"),
+        (messages.encode(Settled(1), 3).replace(b'"v":2', b'"v":9'), "version"),
         (messages.encode(Hello("a", "5e" * 16, 2, 0, ()), 3), "malformed"),  # a second hello
         (b"\0\0\0\4null", "malformed"),
         (b"\0\0\0\0", "malformed"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -79,7 +81,7 @@ def test_every_type_has_an_example() -> None:
 def test_the_form_on_the_wire() -> None:
     """Other versions will have to read this, so it does not change by accident."""
     assert json.loads(body(EXAMPLES[0])) == {
-        "v": 1, "type": "hello", "seq": 1, "name": "a", "session": "0123456789abcdef" * 2, "connection": 1, "lease_ns": 300_000_000,
+        "v": 2, "type": "hello", "seq": 1, "name": "a", "session": "0123456789abcdef" * 2, "connection": 1, "lease_ns": 300_000_000,
         "pairs": [{"number": 3, "name": "web", "role": "primary", "state": "lockstep", "epoch": 17}],
     }  # fmt: skip
 
@@ -94,6 +96,14 @@ def test_what_is_too_long_is_not_sent() -> None:
     note = PairNote(63, "a" * 1000, Role.SECONDARY, State.CHECKPOINTING, 0)
     with pytest.raises(MessageError, match="a hello of"):
         messages.encode(Hello("a", "f" * 32, 0, 0, (note,) * MAX_PAIRS), 1)
+
+
+def test_the_version_is_that_of_these_messages() -> None:
+    """Whoever adds a message, or changes one, changes VERSION first, and then this."""
+    kinds = [PairNote, *messages.TYPES.values()]
+    forms = {kind.__name__: [field.name for field in dataclasses.fields(kind)] for kind in kinds}
+    told = hashlib.sha256(json.dumps([forms, TEXT_LENGTH]).encode()).hexdigest()
+    assert (messages.VERSION, told[:8]) == (2, "2eb7bed5")
 
 
 def test_lengths() -> None:
@@ -117,12 +127,12 @@ BEAT, HELLO, STATE, ALIASES = EXAMPLES[1], EXAMPLES[0], EXAMPLES[8], EXAMPLES[-2
         (b"[]", "malformed"),
         (b"null", "malformed"),
         (b"[" * 60_000, "malformed"),
-        (b'{"v":1,"seq":' + b"9" * 60_000 + b"}", "malformed"),
-        (b'{"v":1,"seq":1,"type":"settled","pair":NaN}', "malformed"),
-        (b'{"v":1,"seq":1,"type":"settled","pair":1,"pair":2}', "malformed"),
-        (changed(BEAT, v=2), "version"),
+        (b'{"v":2,"seq":' + b"9" * 60_000 + b"}", "malformed"),
+        (b'{"v":2,"seq":1,"type":"settled","pair":NaN}', "malformed"),
+        (b'{"v":2,"seq":1,"type":"settled","pair":1,"pair":2}', "malformed"),
+        (changed(BEAT, v=1), "version"),
         (changed(BEAT, v=None), "version"),
-        (changed(BEAT, v="1"), "version"),
+        (changed(BEAT, v="2"), "version"),
         (changed(BEAT, v=True), "version"),
         (changed(BEAT, seq=0), "replay"),
         (changed(BEAT, seq=2), "replay"),

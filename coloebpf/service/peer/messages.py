@@ -18,7 +18,7 @@ from coloebpf.model import MAX_PAIRS, Role, State
 from coloebpf.service.peer import fields as wire
 from coloebpf.service.peer.witness import GRACE_MAX_MS
 
-VERSION = 1
+VERSION = 2  # one more with each change of the messages' form: services of two versions don't talk to each other
 MAX_BYTES = 65_536  # of a frame behind its length; a hello of MAX_PAIRS pairs takes some 8,000
 HEADER_BYTES = 4
 MAX_REASON = 1000  # characters of a bye
