@@ -16,16 +16,14 @@ static __always_inline bool alias_input(const struct packet *p, const struct pla
 	a->last_ns = now;
 	if (p->tcp_flags & TCP_FIN)
 		a->client_fin = 1;
-	if (p->tcp_flags & TCP_RST)
-		a->reset = 1;
-	if (!a->doubt) {
+	if (!a->doubt) { /* (a reset is the guest's to believe: one out of its window, or forged, it ignores) */
 		d->seq = a->seq_delta;
 		d->ts = a->ts_delta;
 	}
 	return true;
 }
 
-/* A segment from the guest. */
+/* A segment from the guest, or from its replica: that one changes no numbers, the primary does, and ends nothing, since it may have diverged. */
 static __always_inline bool alias_output(const struct packet *p, const struct place *at, u64 now, struct deltas *d)
 {
 	if (!at->aliased)
@@ -42,10 +40,12 @@ static __always_inline bool alias_output(const struct packet *p, const struct pl
 			a->seq_delta = a->ts_delta = 0;
 		a->doubt = 0;
 	}
+	if (at->nic->role == ROLE_SECONDARY && at->state != PROMOTED)
+		return false;
 	a->last_ns = now;
 	if (p->tcp_flags & TCP_FIN)
 		a->guest_fin = 1;
-	a->reset = !!(p->tcp_flags & TCP_RST); /* it goes on: what the client's side has said did not end it */
+	a->reset = !!(p->tcp_flags & TCP_RST);
 	d->seq = a->seq_delta;
 	d->ts = a->ts_delta;
 	return true;

@@ -59,8 +59,10 @@
 #define MS 1000000ull
 #define SEC 1000000000ull
 #define IDLE_CLOSED (10 * SEC)    /* connection that ended: long enough for a retransmitted FIN */
+#define LINGER_S 120 /* for so much longer one that the SVM opened, and whose client has not acknowledged all: TCP_RTO_MAX of linux/tcp.h (kernel) */
 #define IDLE_HALF_OPEN (60 * SEC) /* handshake never finished: longer than the SYN's retransmissions are apart */
 #define IDLE_TCP (432000 * SEC)   /* established: five days, as conntrack has it; longer than the two hours between keep-alives */
+#define IDLE_ALIAS (300 * SEC)    /* an alias whose connection has ended: two retransmissions that are TCP_RTO_MAX apart, and a fencing in between */
 #define IDLE_OTHER (30 * SEC)     /* datagrams: as conntrack has it */
 
 /* frames */

@@ -245,7 +245,7 @@ static __always_inline u64 idle_limit(const struct flow *f)
 	u32 fins = f->flags & (FLOW_FIN | FLOW_CLIENT_FIN);
 	/* A translation is needed until both sides have closed: without it the SVM's numbers are wrong. */
 	if ((f->flags & (FLOW_RST | FLOW_CLIENT_RST)) || (f->flags & FLOW_DELTA ? fins == (FLOW_FIN | FLOW_CLIENT_FIN) : fins))
-		return IDLE_CLOSED;
+		return IDLE_CLOSED + f->linger_s * SEC;
 	return f->flags & (FLOW_OPEN | FLOW_DELTA) ? IDLE_TCP : IDLE_HALF_OPEN;
 }
 

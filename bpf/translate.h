@@ -7,6 +7,8 @@ static __always_inline bool in_doubt(const struct flow *f, const struct place *a
 	return f->epoch != at->epoch && (f->flags & FLOW_DELTA) && (s32)(f->epoch - kept) >= 0;
 }
 
+#define RESET_AHEAD (1u << 23) /* bytes that a client's reset may be ahead of what the guest has acknowledged: more than its window is */
+
 /* What the SVM has sent last, in its own numbers, as far as it was seen. */
 static __always_inline u32 last_own(const struct flow *f) { return f->flags & FLOW_SENT ? f->svm_high : f->svm_isn; }
 
@@ -14,6 +16,14 @@ static __always_inline u32 kept_epoch(const struct place *at)
 {
 	struct pair *pair = pairs.lookup(&at->nic->pair);
 	return pair ? *(volatile u32 *)&pair->kept_epoch : at->epoch;
+}
+
+/* For how long the flow of an ended connection is needed beyond the usual: what the client has not acknowledged may have died with the primary, and the
+ * SVM says it again when it is the guest, in its own numbers. Meanwhile its timeouts grow. Under the lock. */
+static __always_inline u32 linger(const struct flow *f)
+{
+	u32 closing = f->flags & (FLOW_DELTA | FLOW_FIN | FLOW_RST);
+	return closing == (FLOW_DELTA | FLOW_FIN) && seq_lt(f->client_ack - f->seq_delta, f->svm_end) ? LINGER_S : 0;
 }
 
 /* From the client: what S1 and S3 learn from the segment, and by how much its numbers change. Returns false for a segment that must not reach the SVM. */
@@ -76,10 +86,13 @@ static __always_inline bool learn_input(const struct view *v, const struct packe
 		else
 			f->flags &= ~FLOW_AGAIN;
 	}
-	if (flags & TCP_RST)
+	if (flags & TCP_ACK)
+		f->client_ack = p->ack;
+	if ((flags & TCP_RST) && (!(f->flags & FLOW_DELTA) || p->seq - f->s_ack < RESET_AHEAD)) /* the guest ignores any other (RFC 5961) */
 		f->flags |= FLOW_RST;
 	if (flags & TCP_FIN)
 		f->flags |= FLOW_CLIENT_FIN;
+	f->linger_s = linger(f);
 	bpf_spin_unlock(&f->lock);
 	d->seq = seq_delta;
 	d->ts = ts_delta;
@@ -144,10 +157,15 @@ static __always_inline void learn_output(const struct view *v, const struct pack
 			f->svm_high = end;
 		f->flags |= FLOW_SENT;
 	}
+	if (flags & TCP_ACK)
+		f->s_ack = p->ack;
 	if (flags & TCP_RST)
 		f->flags |= FLOW_RST;
-	if (flags & TCP_FIN)
+	if (flags & TCP_FIN) {
 		f->flags |= FLOW_FIN;
+		f->svm_end = p->seq + p->length + 1;
+	}
+	f->linger_s = linger(f);
 	bpf_spin_unlock(&f->lock);
 	d->seq = seq_delta;
 	d->ts = ts_delta;
@@ -172,7 +190,7 @@ static __always_inline bool from_client(struct edits *e, const struct view *v, c
 static __always_inline void from_svm(struct edits *e, const struct view *v, const struct packet *p, const struct place *at, u64 now)
 {
 	struct deltas d = {};
-	bool aliased = alias_output(p, at, now, &d) && at->state == PROMOTED; /* in lock-step the primary does that */
+	bool aliased = at->state != SYNCING && alias_output(p, at, now, &d); /* whatever speaks while a protection begins, it is no replica yet */
 
 	if (!aliased) {
 		d.seq = d.ts = 0;

@@ -148,7 +148,7 @@ struct flow {
 	u32 proven;     /* TCP stream: all before it was proven or committed */
 	u32 matched;    /* TCP stream: all before it was compared; >= proven */
 	u32 p_ack;      /* highest ACK of the PVM that has left, before it was lowered */
-	u32 s_ack;      /* highest of the SVM */
+	u32 s_ack;      /* highest of the SVM; on the secondary its last one */
 	u32 c_ack;      /* highest that the client was sent */
 	u16 p_win, s_win, c_win; /* that came with p_seen, s_ack; that the client was sent */
 	u16 cell;       /* see forget_here() */
@@ -167,7 +167,7 @@ struct flow {
 	u32 frag_id;    /* its identification */
 	u32 s_next;     /* TCP: the SVM's output is here without a hole up to this, if it is above `matched` (bpf/answer.c) */
 	u32 s_next_tail; /* number of the record that ends there, if it is still parked: `matched` is below */
-	u32 client_ack; /* FLOW_CLIENT: the client's highest ACK, as P1 saw it, with its window and timestamps */
+	u32 client_ack; /* FLOW_CLIENT: the client's highest ACK, as P1 saw it, with its window and timestamps; on the secondary its last one */
 	u32 client_ts_val, client_ts_ecr;
 	u32 client_end; /* FLOW_CLIENT_FIN: number behind its FIN */
 	u32 client_rst; /* FLOW_CLIENT_RST: number of its reset */
@@ -186,7 +186,9 @@ struct flow {
 	u32 svm_again; /* FLOW_AGAIN: timestamp of what it has sent again last */
 	u32 open_sums; /* the PVM leaves this flow's checksums open (SUM_OPEN), as far as could be told; written by P2 */
 	u32 s_era;     /* counts the SVM's records that went unused: what is known of the list's records from before is void */
-	u32 pad[16]; /* to whole cache lines */
+	u32 svm_end;   /* on the secondary, FLOW_FIN: the SVM's own number behind its FIN */
+	u32 linger_s;  /* what its end adds to the time that it may be idle, see linger() */
+	u32 pad[14]; /* to whole cache lines */
 };
 #define CACHE_LINE 64
 _Static_assert(__builtin_offsetof(struct flow, proven) == CACHE_LINE && __builtin_offsetof(struct flow, key) == 2 * CACHE_LINE, "lines of struct flow");
@@ -232,7 +234,7 @@ struct alias {
 	u32 guest_high; /* with `doubt`: the guest's number that the next one is near to, see own_numbers() */
 	u64 last_ns;
 	u8 guest_fin, client_fin;
-	u8 reset;
+	u8 reset; /* by the guest */
 	u8 doubt; /* the guest may be a copy of that PVM after all: its next segment tells */
 	u32 spare;
 };

@@ -21,8 +21,7 @@ FORM = struct.Struct("!5H16s16s4IB")
 TEXT_LENGTH = 2 * FORM.size
 ENDS = ("guest_fin", "client_fin", "reset", "doubt")
 KIND_TCP = 1  # bpf/types.h
-# As IDLE_CLOSED and IDLE_TCP of bpf/constants.h have it for flows.
-IDLE_CLOSED_NS, IDLE_TCP_NS = 10 * 10**9, 432_000 * 10**9
+IDLE_ALIAS_NS, IDLE_TCP_NS = 300 * 10**9, 432_000 * 10**9  # bpf/constants.h
 
 
 class Aliases:
@@ -58,7 +57,7 @@ class Aliases:
         now, left = time.monotonic_ns(), 0
         for key, alias in self._all():
             closed = alias.reset or (alias.guest_fin and alias.client_fin)
-            if now - alias.last_ns > (IDLE_CLOSED_NS if closed else IDLE_TCP_NS):
+            if now - alias.last_ns > (IDLE_ALIAS_NS if closed else IDLE_TCP_NS):
                 bpfsys.delete(self._fd, key)
             else:
                 left += 1

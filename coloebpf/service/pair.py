@@ -25,7 +25,7 @@ from coloebpf.service.peer.messages import EngineWord, Message, PairNote, StateN
 log = logging.getLogger("coloebpf.pair")
 
 MS = 1_000_000  # ns
-ALIASES_PERIOD_NS = 5_000 * MS  # between two looks at which have ended: they stay for 10 s after their end
+ALIASES_PERIOD_NS = 5_000 * MS  # between two looks at which have ended: they stay for minutes after their end
 # What a state becomes when the roles were exchanged in the file: who was alone with the guest still is.
 OTHER_ROLE = {
     (Role.PRIMARY, State.PROMOTED): State.PASSTHROUGH,

@@ -105,7 +105,7 @@ def test_numbers_in_maps(ours: int, name: str, text: str) -> None:
 
 def test_aliases_are_those_of_flows() -> None:
     assert enumerators("kind")["KIND_TCP"] == aliases.KIND_TCP
-    for ours, name in ((aliases.IDLE_CLOSED_NS, "IDLE_CLOSED"), (aliases.IDLE_TCP_NS, "IDLE_TCP")):
+    for ours, name in ((aliases.IDLE_ALIAS_NS, "IDLE_ALIAS"), (aliases.IDLE_TCP_NS, "IDLE_TCP")):
         found = re.search(rf"#define {name} \((\d+) \* SEC\)", CONSTANTS)
         assert found
         assert ours == int(found[1]) * 10**9
