@@ -5,6 +5,37 @@
  *
  * An entry is made by user space (keep_numbers() of bpf/upkeep.c, or the other host's), once, and ends with its connection. */
 
+/* The client has said SYN again, and what comes behind it belongs to that connection: so the PVM has taken it, whether its answer was seen here or not. */
+static __always_inline bool begins_again(const struct alias *a, const struct packet *p)
+{
+	return a->again && (p->tcp_flags & (TCP_ACK | TCP_SYN | TCP_RST)) == TCP_ACK && p->seq == a->again_isn + 1;
+}
+
+/* S1, a segment from the client. Ports that are used again end the entry here too, and the guest's SYN may never be seen: there is no SVM before the first
+ * copy, and a later copy may have been made behind the PVM's SYN-ACK. */
+static __always_inline void alias_watch(const struct packet *p, const struct place *at, u64 now)
+{
+	if (!at->aliased)
+		return;
+	struct alias *a = aliases.lookup((struct flow_key *)&p->key);
+	if (!a)
+		return;
+	if (p->tcp_flags & TCP_SYN) {
+		if (p->seq != a->client_isn) { /* else a late copy of the one that opened it */
+			a->again_isn = p->seq;
+			a->again = 1;
+		}
+		return;
+	}
+	if (begins_again(a, p)) {
+		aliases.delete((struct flow_key *)&p->key);
+		return;
+	}
+	a->last_ns = now;
+	if (p->tcp_flags & TCP_FIN)
+		a->client_fin = 1;
+}
+
 /* A segment from the client. False: the connection has no other numbers. */
 static __always_inline bool alias_input(const struct packet *p, const struct place *at, u64 now, struct deltas *d)
 {
@@ -13,6 +44,10 @@ static __always_inline bool alias_input(const struct packet *p, const struct pla
 	struct alias *a = aliases.lookup((struct flow_key *)&p->key);
 	if (!a)
 		return false;
+	if (begins_again(a, p)) { /* S1 has heard the SYN, just before a promotion */
+		aliases.delete((struct flow_key *)&p->key);
+		return false;
+	}
 	a->last_ns = now;
 	if (p->tcp_flags & TCP_FIN)
 		a->client_fin = 1;
@@ -35,6 +70,8 @@ static __always_inline bool alias_output(const struct packet *p, const struct pl
 		aliases.delete((struct flow_key *)&p->key);
 		return false;
 	}
+	if (a->again && !(p->tcp_flags & (TCP_SYN | TCP_RST)) && p->ack != a->again_isn + 1)
+		a->again = 0; /* it goes on: that SYN was late, or forged */
 	if (a->doubt && !(p->tcp_flags & (TCP_SYN | TCP_RST))) {
 		if (!own_numbers(a->guest_high, a->seq_delta, p->seq, false))
 			a->seq_delta = a->ts_delta = 0;

@@ -28,9 +28,13 @@ int s1_arrive(struct xdp_md *ctx)
 	parse(&v, p, end - data, true);
 	at.count->delivered++;
 	a->from = at.epoch; /* whose numbers the frame has, and so which SVM gets it */
-	if (p->key.kind != KIND_TCP || on_trial(&at)) /* the new SVM is a copy: the numbers stay, and what is known of the old one's is kept */
+	if (p->key.kind != KIND_TCP)
 		return XDP_PASS;
-	if (!from_client(e, &v, p, &at, bpf_ktime_get_ns())) {
+	u64 time = bpf_ktime_get_ns();
+	alias_watch(p, &at, time);
+	if (on_trial(&at)) /* the new SVM is a copy: the numbers stay, and what is known of the old one's is kept */
+		return XDP_PASS;
+	if (!from_client(e, &v, p, &at, time, false)) {
 		drop(&at, DROP_EARLY_ACK);
 		return XDP_DROP;
 	}
@@ -135,7 +139,7 @@ int s3_isolate(struct __sk_buff *skb)
 	tag_beside(skb, p);
 	if (p->key.kind != KIND_TCP)
 		return VERDICT_PASS;
-	if (!from_client(e, &v, p, &at, bpf_ktime_get_ns())) {
+	if (!from_client(e, &v, p, &at, bpf_ktime_get_ns(), true)) {
 		drop(&at, DROP_EARLY_ACK);
 		return VERDICT_DROP;
 	}

@@ -61,6 +61,8 @@ static __always_inline bool learn_input(const struct view *v, const struct packe
 		if ((flags & TCP_ACK) && !(f->flags & (FLOW_OPEN | FLOW_DELTA))) {
 			/* The first ACK of a handshake tells the PVM's ISN; its echo tells the PVM's timestamp. */
 			f->pvm_isn = p->ack - 1;
+			if (flags & TCP_SYN)
+				f->client_isn = p->seq;
 			f->flags |= FLOW_PVM_ISN;
 			if (stamped && ecr) {
 				f->pvm_ts = ecr;
@@ -171,11 +173,11 @@ static __always_inline void learn_output(const struct view *v, const struct pack
 	d->ts = ts_delta;
 }
 
-/* S1 and S3: what becomes of a segment of the client's. Returns false if it must not reach the SVM. */
-static __always_inline bool from_client(struct edits *e, const struct view *v, const struct packet *p, const struct place *at, u64 now)
+/* S1, and S3 of the promoted: what becomes of a segment of the client's. Returns false if it must not reach the SVM. */
+static __always_inline bool from_client(struct edits *e, const struct view *v, const struct packet *p, const struct place *at, u64 now, bool promoted)
 {
 	struct deltas d = {};
-	bool aliased = alias_input(p, at, now, &d) && at->state == PROMOTED; /* in lock-step S1 hears of the guest's own numbers */
+	bool aliased = promoted && alias_input(p, at, now, &d); /* in lock-step S1 hears of the guest's own numbers */
 
 	if (!aliased) {
 		d.seq = d.ts = 0;

@@ -236,7 +236,9 @@ struct alias {
 	u8 guest_fin, client_fin;
 	u8 reset; /* by the guest */
 	u8 doubt; /* the guest may be a copy of that PVM after all: its next segment tells */
-	u32 spare;
+	u32 client_isn;
+	u32 again_isn; /* with `again`: of a SYN that the client has said on these ports since, to a PVM that may be another host's */
+	u32 again;
 };
 
 /* What parse() finds in a frame. */

@@ -116,6 +116,7 @@ static __always_inline void forget_stream(struct flow *f)
 int keep_numbers(struct __sk_buff *skb)
 {
 	u32 next = skb->cb[1], end = skb->cb[2], pair = skb->cb[3];
+	u64 now = bpf_ktime_get_ns();
 
 #pragma nounroll
 	for (int i = 0; i < SWEEP_BATCH; i++) {
@@ -133,15 +134,17 @@ int keep_numbers(struct __sk_buff *skb)
 		a.ts_delta = f->ts_delta;
 		a.guest_isn = f->svm_isn;
 		a.guest_high = last_own(f);
+		a.client_isn = f->client_isn;
 		a.last_ns = f->last_ns;
 		a.guest_fin = !!(f->flags & FLOW_FIN);
 		a.client_fin = !!(f->flags & FLOW_CLIENT_FIN);
 		a.reset = !!(f->flags & FLOW_RST);
 		a.doubt = in_doubt(f, &at, kept);
 		epoch = f->epoch;
+		bool over = (s64)(now - f->last_ns) > (s64)idle_limit(f); /* nobody has swept it away yet */
 		bpf_spin_unlock(&f->lock);
-		if ((epoch == at.epoch || a.doubt) && (a.seq_delta | a.ts_delta))
-			aliases.insert(&f->key, &a);
+		if (!over && (epoch == at.epoch || a.doubt) && (a.seq_delta | a.ts_delta))
+			aliases.update(&f->key, &a); /* in place of what an earlier connection on these ports may have left */
 	}
 	skb->priority = next;
 	return VERDICT_DROP;

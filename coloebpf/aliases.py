@@ -16,8 +16,9 @@ from typing import Any
 from coloebpf import bpfsys
 from coloebpf.control import Control
 
-# The NIC (as the pair counts them), ports, tags, addresses, both deltas, the guest's ISN and position, ENDS as bits
-FORM = struct.Struct("!5H16s16s4IB")
+# The NIC (as the pair counts them), ports, tags, addresses, both deltas, the guest's ISN and position, the
+# client's ISN, ENDS as bits
+FORM = struct.Struct("!5H16s16s5IB")
 TEXT_LENGTH = 2 * FORM.size
 ENDS = ("guest_fin", "client_fin", "reset", "doubt")
 KIND_TCP = 1  # bpf/types.h
@@ -79,7 +80,7 @@ class Aliases:
     def _text(self, key: Any, alias: Any) -> str:
         ends = sum(bool(getattr(alias, name)) << bit for bit, name in enumerate(ENDS))
         ports = socket.ntohs(key.guest_port), socket.ntohs(key.remote_port)
-        words = alias.seq_delta, alias.ts_delta, alias.guest_isn, alias.guest_high
+        words = alias.seq_delta, alias.ts_delta, alias.guest_isn, alias.guest_high, alias.client_isn
         addresses = bytes(key.guest), bytes(key.remote)
         return FORM.pack(self._nics.index(key.nic), *ports, *key.vlan, *addresses, *words, ends).hex()
 
@@ -96,7 +97,7 @@ class Aliases:
         key.vlan[:] = rest[:2]
         for field, address in (("guest", rest[2]), ("remote", rest[3])):
             ct.memmove(ct.addressof(key) + getattr(type(key), field).offset, address, len(address))
-        alias.seq_delta, alias.ts_delta, alias.guest_isn, alias.guest_high, ends = rest[4:]
+        alias.seq_delta, alias.ts_delta, alias.guest_isn, alias.guest_high, alias.client_isn, ends = rest[4:]
         for bit, name in enumerate(ENDS):
             setattr(alias, name, ends >> bit & 1)
         alias.last_ns = time.monotonic_ns()

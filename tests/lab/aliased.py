@@ -70,7 +70,7 @@ class AliasedWire(Wire):
             ends = [end[:10] + b"\xff\xff" + end[12:] for end in ends]
         ports = [heard.word(0, 2), heard.word(2, 2)]
         step = 1 if output else -1
-        text = FORM.pack(0, *ports[::step], *tags, *ends[::step], DELTA, TICKS, 0, 0, 0).hex()
+        text = FORM.pack(0, *ports[::step], *tags, *ends[::step], DELTA, TICKS, 0, 0, 0, 0).hex()
         if text not in self._known:
             self._known.add(text)
             self.aliases.take([text], anew=False)

@@ -91,7 +91,7 @@ def text_of(port: int, nic: int = 0, *, doubt: bool = False) -> str:
     address = bytes(10) + b"\xff\xff"
     ends = address + bytes((10, 77, 0, 10)), address + bytes((10, 77, 0, 1))
     deltas = (KNOWN - OWN) & M32, (KNOWN_TS - OWN_TS) & M32
-    return FORM.pack(nic, port, 40_000, 0, 0, *ends, *deltas, OWN, OWN, doubt << ENDS.index("doubt")).hex()
+    return FORM.pack(nic, port, 40_000, 0, 0, *ends, *deltas, OWN, OWN, CLIENT_ISN, doubt << ENDS.index("doubt")).hex()
 
 
 @pytest.mark.parametrize("state", [State.PASSTHROUGH, State.UNPROTECTED, State.SYNCING], ids=lambda s: s.name)
