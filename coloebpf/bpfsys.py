@@ -6,6 +6,7 @@ import ctypes as ct
 import errno
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,14 +163,19 @@ def delete(fd: int, key: _CData) -> bool:
     return _on_map(MAP_DELETE, fd, key)
 
 
-def keys(fd: int, key_type: type[Key]) -> list[Key]:
-    """All keys of a map (not of an array)."""
+def some_keys(fd: int, key_type: type[Key], after: Key | None, count: int) -> list[Key]:
+    """Up to `count` keys of a map (not of an array) behind `after`; from the first on if that is None, or gone."""
     found: list[Key] = []
     following = key_type()
-    while _on_map(MAP_NEXT_KEY, fd, found[-1] if found else None, following):
+    while len(found) < count and _on_map(MAP_NEXT_KEY, fd, found[-1] if found else after, following):
         found.append(following)
         following = key_type()
     return found
+
+
+def keys(fd: int, key_type: type[Key]) -> list[Key]:
+    """All keys of a map (not of an array)."""
+    return some_keys(fd, key_type, None, sys.maxsize)
 
 
 def test_run(

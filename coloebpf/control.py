@@ -215,6 +215,10 @@ class Control:
         words = self._words(pair)
         words[KEPT_EPOCH_WORD] = int(on) << ALIASED_SHIFT | words[KEPT_EPOCH_WORD] & 0xFFFFFFFF
 
+    def aliased(self, pair: int) -> bool:
+        """What set_aliased() wrote last, maybe of a process before this one."""
+        return bool(self._words(pair)[KEPT_EPOCH_WORD] >> ALIASED_SHIFT)
+
     def keep_numbers(self, pair: int) -> None:
         """Makes such entries of what S2 and S3 know: a promoted SVM is about to become a PVM."""
         self._walk("keep_numbers", FLUSH_ROUNDS, pair)

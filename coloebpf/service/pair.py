@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from coloebpf.errors import ArbiterError, ColoError, PairError
@@ -26,6 +26,7 @@ log = logging.getLogger("coloebpf.pair")
 
 MS = 1_000_000  # ns
 ALIASES_PERIOD_NS = 5_000 * MS  # between two looks at which have ended: they stay for minutes after their end
+THROUGH = object()
 # What a state becomes when the roles were exchanged in the file: who was alone with the guest still is.
 OTHER_ROLE = {
     (Role.PRIMARY, State.PROMOTED): State.PASSTHROUGH,
@@ -47,6 +48,7 @@ class Supervisor(ABC):
         self.deadline_ns = 0
         self.open_after_ns = 0  # from then on the programs let everything pass; 0: never
         self._aliases_after_ns = 0
+        self._ending_aliases: Iterator[None] | None = None  # a look under way
         self.peer_state: State | None = None
         self._asking: asyncio.Task[None] | None = None
         self._unanswered = False  # the arbiter has not said anything yet
@@ -95,9 +97,15 @@ class Supervisor(ABC):
         after = self.config.service_loss_after_ms * MS
         self.open_after_ns = self.out.clock() + after if self.config.on_service_loss == "open" else 0
         self.out.control.set_open_after(self.number, self.open_after_ns)
-        if self._aliases_after_ns < self.out.clock():
+        self._end_aliases()
+
+    def _end_aliases(self) -> None:
+        """A slice at a time; the next look begins when the last one is through."""
+        if self._ending_aliases is None and self._aliases_after_ns < self.out.clock():
             self._aliases_after_ns = self.out.clock() + ALIASES_PERIOD_NS
-            self.out.aliases.end_idle()
+            self._ending_aliases = self.out.aliases.end_idle()
+        if self._ending_aliases is not None and next(self._ending_aliases, THROUGH) is THROUGH:
+            self._ending_aliases = None
 
     def reconfigure(self, config: PairConfig) -> None:
         """Takes over what a reload may change in a running pair (config_reload.PairChange without `restart`)."""

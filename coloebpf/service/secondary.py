@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ FOLLOWING = (State.SYNCING, *REPLICATED)
 class Secondary(Supervisor):
     """Serves the replica of a guest that runs on the other host."""
 
+    _taking: asyncio.Task[None] | None = None  # what the primary has handed on
     _prepared = False  # the translations were cleared for the checkpoint under way
 
     def resume(self) -> None:
@@ -61,8 +63,17 @@ class Secondary(Supervisor):
         """Only before the first commit: a replica's own numbers are with those of the guest from then on."""
         if self.machine.state is not State.SYNCING:
             return
+        if self._taking is not None:
+            self._taking.cancel()  # the primary has not waited for it
+        self._taking = self.spawn(self._take(message))
+
+    async def _take(self, message: messages.Aliases) -> None:
         try:
-            self.out.aliases.take(message.entries, anew=message.part == 0)
+            for _ in self.out.aliases.clear() if message.part == 0 else ():
+                await asyncio.sleep(0)
+            if self.machine.state is not State.SYNCING:
+                return
+            self.out.aliases.take(message.entries)
         except ValueError as e:
             self.say(logging.ERROR, "the primary's connections can't be this host's: compare both files", error=e)
             return

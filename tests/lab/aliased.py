@@ -73,7 +73,7 @@ class AliasedWire(Wire):
         text = FORM.pack(0, *ports[::step], *tags, *ends[::step], DELTA, TICKS, 0, 0, 0, 0).hex()
         if text not in self._known:
             self._known.add(text)
-            self.aliases.take([text], anew=False)
+            self.aliases.take([text])
 
 
 def shifted(frame: bytes, output: bool, sign: int) -> bytes:

@@ -64,7 +64,8 @@ def wire(bare_lab: Lab) -> Iterator[AliasedWire]:
     wire.pvm(Talk(wire).tcp(1))  # the switch learns where the guest is
     wire.clean()
     yield wire
-    wire.aliases.take((), anew=True)
+    for _ in wire.aliases.clear():
+        pass
     wire.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,15 +89,21 @@ class FakeAliases:
         self._story.append(f"{self._host} keep")
         return len(self.there)
 
-    def texts(self) -> list[str]:
-        return list(self.there)
+    def texts(self) -> Iterator[list[str]]:
+        for at in range(0, len(self.there), 100):
+            yield self.there[at : at + 100]
 
-    def take(self, texts: Sequence[str], anew: bool) -> None:
-        self.there = [*([] if anew else self.there), *texts]
+    def clear(self) -> Iterator[None]:
+        while self.there:
+            yield
+            self.there = self.there[100:]
 
-    def end_idle(self) -> int:
+    def take(self, texts: Sequence[str]) -> None:
+        self.there = [*self.there, *texts]
+
+    def end_idle(self) -> Iterator[None]:
         self.looks += 1
-        return len(self.there)
+        yield from [None] * (len(self.there) // 100)
 
 
 class FakeWitness:

@@ -12,7 +12,7 @@ from coloebpf.aliases import Aliases
 from coloebpf.model import State
 from tests.unit.conftest import SPECS
 from tests.unit.rig import PASS, Rig, tcp
-from tests.unit.test_aliases import KNOWN, NIC, OWN, aliases, become_primary, promoted, text_of
+from tests.unit.test_aliases import KNOWN, NIC, OWN, aliases, anew, become_primary, promoted, text_of, texts_of
 from tests.unit.test_translate import CLIENT_ISN, M32, PVM_ISN, SVM_ISN, Connection, checked
 
 pytestmark = pytest.mark.kernel
@@ -25,7 +25,7 @@ LATER = 5_000_000  # from the first connection's ISN to the second one's, on the
 def handed(rig: Rig, aliases: Aliases, state: State = State.LOCKSTEP) -> Connection:
     """A connection of which the secondary knows by the primary's word alone."""
     c = Connection(rig)
-    aliases.take([text_of(c.port)], anew=True)
+    anew(aliases, [text_of(c.port)])
     rig.control.set_state(1, state)
     return c
 
@@ -36,12 +36,12 @@ def test_the_client_tells(rig: Rig, aliases: Aliases, state: State, flags: str) 
     """The PVM has answered, or asked, and the SVM is a copy that has nothing to add."""
     c = handed(rig, aliases, state)
     c.client(LATER, flags=flags, ack=0 if flags == "S" else 9)
-    assert aliases.texts() != [], "the guest may refuse it"
+    assert texts_of(aliases) != [], "the guest may refuse it"
     rig.control.clear_translations(1)
     rig.control.settle_translations(1)
     ack = c.client(LATER + 1, ack=9)
     assert ack is not None
-    assert aliases.texts() == []
+    assert texts_of(aliases) == []
 
 
 NOTHING: dict[str, Callable[[Connection], object]] = {
@@ -62,7 +62,7 @@ NOTHING: dict[str, Callable[[Connection], object]] = {
 @pytest.mark.parametrize("does", NOTHING.values(), ids=NOTHING)
 def test_nothing_less_ends_it(rig: Rig, aliases: Aliases, does: Callable[[Connection], object]) -> None:
     does(handed(rig, aliases))
-    assert len(aliases.texts()) == 1
+    assert len(texts_of(aliases)) == 1
 
 
 def test_a_promotion_in_between(rig: Rig, aliases: Aliases) -> None:
@@ -76,7 +76,7 @@ def test_a_promotion_in_between(rig: Rig, aliases: Aliases) -> None:
     run = rig.run("s3_isolate", segment, "vif1")
     assert (run.retval, checked(run.data).ack) == (PASS, 9)
     assert c.svm(0, b"x", verdict=PASS, ack=CLIENT_ISN + LATER + 2).seq == SVM_ISN
-    assert aliases.texts() == []
+    assert texts_of(aliases) == []
 
 
 @pytest.mark.parametrize("active", [False, True], ids=["passive", "active"])
@@ -90,18 +90,18 @@ def test_the_clients_first_number_is_handed_on(rig: Rig, aliases: Aliases, activ
     else:
         c = promoted(rig)
     become_primary(rig, aliases)
-    texts = aliases.texts()
+    texts = texts_of(aliases)
     rig.plane.attach(SPECS[NIC])
     rig.control.set_state(1, State.LOCKSTEP)
-    aliases.take(texts, anew=True)
+    anew(aliases, texts)
     c.client(0, flags="SA" if active else "S", ack=OWN + 1)
     c.client(1, b"first", ack=OWN + 1)
-    assert aliases.texts() == texts
+    assert texts_of(aliases) == texts
 
 
 def test_what_a_connection_has_left_is_replaced(rig: Rig, aliases: Aliases) -> None:
     c = promoted(rig)
-    aliases.take([text_of(c.port, doubt=True)], anew=True)
+    anew(aliases, [text_of(c.port, end="doubt")])
     assert become_primary(rig, aliases) == 1
     run = rig.run("p1_mirror", tcp(c.port, CLIENT_ISN + 1, ack=KNOWN + 1, output=False), "vif1")
     assert checked(run.data).ack == (OWN + 1) & M32
