@@ -32,6 +32,7 @@ class Parting(Supervisor):
         self._told = False  # the secondary knows that it is a replica: it was sent the first commit
         self._confirmed = False  # and has said so
         self._recorded = False  # the arbiter knows that both may ask, and the secondary was not dismissed since
+        self._handed = False  # nothing has come between the secondary and what it is being told
         self._dismissed = Reply()
         self._offers = False  # fell silent out of lock-step, and was never alone: the SVM may be the guest at once
 
@@ -85,6 +86,8 @@ class Parting(Supervisor):
     def peer_says(self, state: State, live: bool) -> None:
         """See Supervisor."""
         self.peer_state = state
+        if state is not State.SYNCING:
+            self._begins_anew()
         if state in REPLICATED:
             self._confirmed = self._told
         elif state is State.PROMOTED:
@@ -96,6 +99,16 @@ class Parting(Supervisor):
             elif not self.machine.alone_pending:
                 self._recorded = False
                 self.spawn(self._certainly_alone(f"the secondary is {state.name.lower()}"))
+
+    def link_down(self) -> None:
+        """See Supervisor."""
+        super().link_down()
+        self._begins_anew()
+
+    def _begins_anew(self) -> None:
+        """Before the first commit the secondary may be another one when it is ready again, and is told all anew."""
+        if self.machine.state is State.SYNCING:
+            self._recorded = self._handed = False
 
     async def dismiss(self) -> bool:
         """Makes sure that the secondary does not take over; False if it can't be asked, or does not answer.

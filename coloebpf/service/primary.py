@@ -41,6 +41,7 @@ class Primary(Protecting):
         self._timer: asyncio.TimerHandle | None = None
         self._asker = Asker(self.number, outside.send, self._stop_proving, self._ask_engine, self._give_up)
         self._outdated = False  # the checkpoint under way does not have all that the client was sent
+        self._missed = False  # the one under way began while there was no protection
 
     def resume(self) -> None:
         """See Supervisor. A checkpoint that was under way is made anew: nobody knows how far it came."""
@@ -200,7 +201,9 @@ class Primary(Protecting):
         if self.machine.state not in (State.SYNCING, *REPLICATED) or not self._recorded:
             # libxl's first one comes by itself; it makes no replica if the secondary's service was not ready for it.
             self.say(logging.INFO, "a checkpoint outside of a protection", engine=self.engine.name)
+            self._missed = self.ledger.pending is not None
             return
+        self._missed = False
         if self.machine.state is State.SYNCING:
             self.ledger.holds(self.out.clock())
             if self.out.arbiter.leased:
@@ -214,6 +217,10 @@ class Primary(Protecting):
     def _committed(self) -> None:
         if self._outdated:
             self._failed("it was asked for before everything passed uncompared", fatal=False)
+            return
+        if self._missed:
+            self._missed = False
+            self._failed("the PVM stood still while the secondary was not ready for it", fatal=False)
             return
         sent = 0
 

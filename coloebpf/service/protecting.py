@@ -7,7 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable
 
-from coloebpf.errors import ArbiterError, PairError
+from coloebpf.errors import ArbiterError, BpfError, PairError
 from coloebpf.model import State
 from coloebpf.service.arbiters.base import Grant, Refusal
 from coloebpf.service.config import PairConfig
@@ -48,12 +48,13 @@ class Protecting(Parting):
     async def _record(self) -> None:
         try:
             self.let_right_go()
+            self._handed = True
             self.set_deadline(0)  # the secondary is no replica: nobody else can speak for the guest
             if number := await self._handing.run():
                 self.say(logging.INFO, "the secondary knows the numbers of older connections", connections=number)
             await self.out.arbiter.begin(self.config)
-            self._recorded = True
-        except (ArbiterError, PairError) as e:
+            self._recorded = self._handed
+        except (ArbiterError, BpfError, PairError) as e:
             self.say(logging.WARNING, "the protection can't begin yet", error=e)
             await asyncio.sleep(RETRY_S)
         finally:

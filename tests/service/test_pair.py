@@ -571,7 +571,7 @@ def test_a_secondary_that_is_lost_during_the_first_copy() -> None:
         await world.primary.protect()
         await world.until(lambda: "p request" in world.story)
         world.p.witness.lost = True
-        world.disconnect()
+        world.lose = lambda message: True  # the link has not noticed yet
         world.p.pair.peer_lost()
         await world.settle()
         assert world.arbiter.asked == [], "it holds nothing yet"
@@ -579,6 +579,28 @@ def test_a_secondary_that_is_lost_during_the_first_copy() -> None:
         await world.until(lambda: world.arbiter.asked == [P])
         world.arbiter.answers[P].put_nowait(Grant())
         await world.states(PASSTHROUGH, SYNCING)
+
+    play(test)
+
+
+def test_a_first_copy_does_not_become_a_replica_while_there_is_no_link() -> None:
+    """The secondary may be another one when it is back; meanwhile nothing is held, and nobody is asked."""
+
+    async def test(world: World) -> None:
+        for side in world.sides.values():
+            await side.pair.start()
+        world.p.engine.hang(Step.REQUEST)
+        world.connect()
+        await world.primary.protect()
+        await world.until(lambda: "p request" in world.story)
+        world.part()
+        world.p.engine.go()
+        await world.settle()
+        assert world.primary.ledger.pending is None
+        assert (world.p.state, world.s.state, world.arbiter.asked) == (SYNCING, SYNCING, [])
+        world.connect()
+        await world.states(LOCKSTEP, LOCKSTEP)
+        assert world.arbiter.begun == 2
 
     play(test)
 
