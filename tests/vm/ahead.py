@@ -6,6 +6,7 @@ of its own: what it starts has its scheduling policy, and ends with it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import signal
 import subprocess
@@ -22,6 +23,7 @@ RESULT, SAID = "result.json", "said.log"
 LIMIT_S = 4000  # emulation is 10 to 20 times slower than the machine below it, which has other things to do
 BOOT_LIMIT_S = 900
 END_S = 20
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Ahead:
@@ -50,6 +52,7 @@ class Ahead:
 
 def main(work_dir: Path, command: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the machine ends with its `with` blocks
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # also when the tests are killed
     kernel = image.find_kernel()
     if kernel is None:
         sys.exit("no linux-image-cloud-amd64 of Debian 12: run deploy/install-deps.sh test")
