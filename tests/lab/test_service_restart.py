@@ -10,7 +10,7 @@ import pytest
 from coloebpf.lab import guests, services
 from coloebpf.lab.plan import HOSTS
 from tests.lab.service_lab import SOON, ServiceLab, until
-from tests.lab.test_service_faults import QUICK_MS
+from tests.lab.test_service_faults import DEFAULT_MS, QUICK_MS
 
 pytestmark = [pytest.mark.lab, pytest.mark.real_time]
 GRACE_S = 6.0
@@ -69,7 +69,7 @@ def test_given_lockstep_when_a_service_is_killed_then_its_next_one_comes_too_lat
     lab: ServiceLab, host: str, alone: str
 ) -> None:
     """A crash says no goodbye. systemd starts the next service after 0.1 s, and the arbiter has turned the host off."""
-    client = lab.fresh(peer_timeout_ms=QUICK_MS)
+    client = lab.fresh(peer_timeout_ms=DEFAULT_MS)
     lab.kill(host)
     time.sleep(0.1)
     lab.start(host)
