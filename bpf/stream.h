@@ -326,11 +326,12 @@ static __always_inline u32 drain_or(struct flow *f, struct held_table *t, u32 ot
 	return TAKE_DRAIN;
 }
 
-/* Is the PVM's first record matched in part? Under the lock. */
+/* Is the PVM's first record matched in part? The record that is begins where the matching is; another that overlaps it is whole, and so is its sum. Under
+ * the lock. */
 static __always_inline bool partly_matched(const struct flow *f, const struct held *h)
 {
 	return h->type == HELD_DATA && !(h->flags & HELD_PROVEN) && !h->sack && h->epoch == f->epoch && seq_lt(f->proven, f->matched) &&
-	       seq_lt(h->start, f->matched) && seq_lt(f->matched, h->end) && (!(h->flags & HELD_ACKS) || (f->flags & FLOW_S_ACK));
+	       seq_lt(h->start, f->matched) && h->from == f->matched && seq_lt(f->matched, h->end) && (!(h->flags & HELD_ACKS) || (f->flags & FLOW_S_ACK));
 }
 
 /* The PVM's first record `p` is just proven, by a flow without owner: it is unlinked and the caller's to send. */

@@ -238,3 +238,18 @@ def test_a_part_that_both_have_said_leaves(wire: Wire, talk: Talk, flags: str) -
     assert [Heard.of(frame).data for frame in wire.released(1)] == [b"right"]
     wire.svm(talk.tcp(6, b"data", flags=flags))
     assert [Heard.of(frame).data for frame in wire.released(1)] == [b"rightdata"]
+
+
+def test_the_first_held_packet_may_not_be_the_one_that_is_matched_in_part(wire: Wire, talk: Talk) -> None:
+    """The PVM reorders, and its segments overlap: what is left of the later one's sum is the sum from its own beginning on."""
+    wire.pvm(talk.tcp(1, STREAM[:10]))
+    wire.svm(talk.tcp(1, STREAM[:10]))
+    assert len(wire.released(1)) == 1
+    before = wire.nic()
+    wire.pvm(talk.tcp(111, STREAM[110:310]), talk.tcp(11, STREAM[10:160]))
+    wire.svm(talk.tcp(11, STREAM[10:130]), talk.tcp(11, STREAM[10:130]))
+    assert [b for frame in wire.seen() if (b := Heard.of(frame).data) != STREAM[10:130]] == []
+    wire.svm(talk.tcp(131, STREAM[130:310]))
+    assert {Heard.of(frame).data for frame in wire.released(2)} >= {STREAM[110:310], STREAM[10:160]}
+    change = wire.nic().since(before)
+    assert {name: n for name, n in change.items() if name.startswith("divergences")} == {}
