@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.lab.conftest import new_name
 
 SOON = 60.0  # seconds that anything may take: two emulated machines and both services share this one's CPUs
 # The services wait for the CPU too: silence for less is no sign of a lost host here.
+MACHINES = 3  # PVM, SVM, and the standby that is being filled
 PEER_TIMEOUT_MS = 3000
 RELOADED = "configuration is reloaded"  # in a service's log
 
@@ -115,6 +116,18 @@ class VirtualLab:
         while grown := self.amounts().exceeds(before):
             assert time.monotonic() < deadline, ", ".join(grown)
             time.sleep(0.1)
+
+    def amounts_with_a_standby(self) -> Amounts:
+        """When the next standby is being filled: it has a process, a thread and descriptors, and takes a moment to come."""
+        until(lambda: self.amounts().machines == MACHINES, "the next standby")
+        before, deadline = self.amounts(), time.monotonic() + SOON
+        while True:
+            time.sleep(1)
+            now = self.amounts()
+            if replace(now, slots=before.slots) == before and now.machines == MACHINES:
+                return now
+            assert time.monotonic() < deadline, f"it never comes to rest: {now}"
+            before = now
 
     def amounts(self) -> Amounts:
         pids = [process.pid for process in self.running.values()]

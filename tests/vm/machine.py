@@ -59,12 +59,13 @@ def run(
     work_dir: Path,
     timeout_s: float,
     under: str = INIT,
-    boot_limit_s: float = BOOT_LIMIT_S,
+    boot_limit_s: float | None = None,
 ) -> Result:
     """Boots `kernel` and runs the shell text `command` in `repo` as root, for at most `timeout_s`.
 
     `under`: INIT, where process 1 does nothing but that, or SYSTEMD, where the command is a unit.
     """
+    boot_limit_s = boot_limit_s or BOOT_LIMIT_S
     for attempt in range(1, BOOT_TRIES):
         try:
             return _run_once(kernel, command, repo, work_dir / f"boot{attempt}", timeout_s, under, boot_limit_s)
