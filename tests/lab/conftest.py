@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,14 +172,21 @@ def process_lab(make_module_lab: LabMaker) -> Lab:
     return make_module_lab(guests="process")
 
 
-@pytest.fixture(scope="session")
-def _services() -> Iterator[ServiceLab]:
+@contextmanager
+def service_lab() -> Iterator[ServiceLab]:
+    """Services on both hosts, redis in both guests."""
     plan = LabPlan(new_name(), "process", command=redis.SERVER, service=True, peer_timeout_ms=PATIENT_MS)
     try:
         commands.up(plan, services.bring_up)
         yield ServiceLab(plan)
     finally:
         commands.down(plan)
+
+
+@pytest.fixture(scope="session")
+def _services() -> Iterator[ServiceLab]:
+    with service_lab() as lab:
+        yield lab
 
 
 @pytest.fixture

@@ -23,12 +23,11 @@ import pytest
 from coloebpf import bpfsys, pins
 from coloebpf.control import Control
 from coloebpf.errors import ColoError
-from coloebpf.lab import commands, redis, services
-from coloebpf.lab.plan import GUESTS, HOSTS, LabPlan
+from coloebpf.lab.plan import GUESTS, HOSTS
 from tests.lab.churn import Churner
-from tests.lab.conftest import new_name
+from tests.lab.conftest import service_lab
 from tests.lab.probe import Probe
-from tests.lab.service_lab import PATIENT_MS, Counter, ServiceLab, until
+from tests.lab.service_lab import Counter, ServiceLab, until
 from tests.lab.speakers import Speakers
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
@@ -46,21 +45,12 @@ TOLERANCE_KIB = 1536
 IDLE_S = 150.0  # more than the time until flows of connections that ended (10 s), datagrams (30 s) and half-open ones (60 s) are forgotten
 
 
-@pytest.fixture(scope="module")
-def own() -> Iterator[ServiceLab]:
-    """A lab of its own: in one that other tests have used there are flows whose connections ended while nobody looked (five days of idleness end them)."""
-    plan = LabPlan(new_name(), "process", command=redis.SERVER, service=True, peer_timeout_ms=PATIENT_MS)
-    try:
-        commands.up(plan, services.bring_up)
-        yield ServiceLab(plan)
-    finally:
-        commands.down(plan)
-
-
 @pytest.fixture
-def lab(own: ServiceLab) -> Iterator[ServiceLab]:
-    yield own
-    own.leave()
+def lab() -> Iterator[ServiceLab]:
+    """One of its own: in a lab that other tests have used there are flows whose connections ended before the protection began (docs/design.md, section 11)."""
+    with service_lab() as lab:
+        yield lab
+        lab.leave()
 
 
 @dataclass
