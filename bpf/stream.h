@@ -257,8 +257,8 @@ static __always_inline u32 p_take_stream(struct flow *f, struct held_table *t, u
 	} else {
 		lower_base(f, h);
 	}
-	if (h->type == HELD_ACK)
-		f->flags |= FLOW_OPEN; /* a guest that only receives never sends data */
+	if (h->type == HELD_ACK && !(f->flags & FLOW_FRESH))
+		f->flags |= FLOW_OPEN; /* a guest that only receives never sends data; of a flow met in the middle it may be the answer to a late FIN */
 	if (single && h->type == HELD_RST && over(f))
 		return TAKE_CLOSED;
 	if ((h->flags & HELD_ACKS) && h->type != HELD_SYN && h->type != HELD_RST)

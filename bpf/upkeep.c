@@ -101,14 +101,23 @@ int let_go(struct __sk_buff *skb)
 }
 
 /* A protection begins. Since the last one the PVM has sent what nobody looked at: the positions that the flow knows are of no use, and 2 GiB on they would
- * make new bytes look old. It begins anew with what comes next. */
+ * make new bytes look old. It begins anew with what comes next, and if nothing comes it goes like one half open: the connection may have ended meanwhile. */
 static __always_inline void forget_stream(struct flow *f)
 {
 	bpf_spin_lock(&f->lock);
 	if ((f->flags & FLOW_LIVE) && !f->owner && !f->p_count) {
-		f->flags &= FLOW_LIVE | FLOW_OPEN | FLOW_NO_SACK;
+		f->flags &= FLOW_LIVE | FLOW_NO_SACK;
 		f->p_known = 0;
 	}
+	bpf_spin_unlock(&f->lock);
+}
+
+/* Likewise on the secondary: the numbers of an earlier protection are nobody's any more (learn_input(), learn_output() do the same with the next segment). */
+static __always_inline void forget_numbers(struct flow *f, u32 epoch)
+{
+	bpf_spin_lock(&f->lock);
+	if ((f->flags & FLOW_LIVE) && f->epoch != epoch)
+		f->flags = FLOW_LIVE;
 	bpf_spin_unlock(&f->lock);
 }
 
@@ -171,6 +180,8 @@ int sweep(struct __sk_buff *skb)
 			continue;
 		if (at.state == SYNCING && at.nic->role == ROLE_PRIMARY)
 			forget_stream(f);
+		else if (at.state == SYNCING)
+			forget_numbers(f, at.epoch);
 		if (!f->p_count && !f->s_count) {
 			reclaim(index, now);
 			continue;

@@ -47,7 +47,7 @@ IDLE_S = 150.0  # more than the time until flows of connections that ended (10 s
 
 @pytest.fixture
 def lab() -> Iterator[ServiceLab]:
-    """One of its own: in a lab that other tests have used there are flows whose connections ended before the protection began (docs/design.md, section 11)."""
+    """One of its own, so that what is left over is the churn's."""
     with service_lab() as lab:
         yield lab
         lab.leave()
