@@ -37,6 +37,10 @@ class EngineError(ColoError):
     """An engine can't do what was asked of it."""
 
 
+class XenError(EngineError):
+    """libxl can't be had here, or can't do what was asked of it."""
+
+
 class ServiceError(ColoError):
     """The service can't do what was asked, or does not answer."""
 

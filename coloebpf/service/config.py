@@ -10,15 +10,15 @@ from typing import Literal
 from coloebpf.model import MAX_NICS, MAX_PAIRS, NicSpec, Policy, Role
 from coloebpf.service import config_checks
 from coloebpf.service import config_keys as keys
-from coloebpf.service.config_engines import LibxlColoConfig, ModelConfig, QemuConfig, QemuDisk
+from coloebpf.service.config_engines import LibxlColoConfig, LibxlLiveConfig, ModelConfig, QemuConfig, QemuDisk
 from coloebpf.service.config_keys import HOUR_MS, Address, ms, setting, table
 from coloebpf.service.config_reader import ConfigErrors, Mistake, Reader
 from coloebpf.service.peer.witness import GRACE_MAX_MS
 
 __all__ = [
     "Address", "ArbiterConfig", "CommandConfig", "Config", "ConfigErrors", "EtcdConfig", "Exemption", "HostConfig",
-    "LibxlColoConfig", "Mistake", "ModelConfig", "NicConfig", "PairConfig", "PeerConfig", "QemuConfig", "QemuDisk",
-    "load", "parse",
+    "LibxlColoConfig", "LibxlLiveConfig", "Mistake", "ModelConfig", "NicConfig", "PairConfig", "PeerConfig",
+    "QemuConfig", "QemuDisk", "load", "parse",
 ]  # fmt: skip
 
 MAX_VLAN = 4094  # IEEE 802.1Q: 4,095 is reserved
@@ -75,7 +75,7 @@ class NicConfig:
     vif: str = setting(keys.DEVICE, "the guest's device on this host", shown="vif1.0-emu")
     standby_vif: str = setting(
         keys.optional(keys.DEVICE, "", "none"),
-        'for engine = "qemu": the guest\'s QEMUs take this one and vif in turn',
+        'for engine = "qemu" and "libxl-live": the guest\'s copies take this one and vif in turn',
         "",
     )
     fwd: str = setting(keys.DEVICE, "the device that is wired to the other host", shown="fwd0")
@@ -117,8 +117,8 @@ class PairConfig:
     name: str = setting(keys.NAME, "the pair's name, in commands, logs and metrics", shown="web")
     number: int = setting(keys.integer(0, MAX_PAIRS - 1), "of the dataplane, the same on both hosts", shown=0)
     role: Role = setting(keys.member(Role), "what this host is to the guest", shown="primary")
-    engine: Literal["libxl-colo", "qemu", "model"] = setting(
-        keys.choice("libxl-colo", "qemu", "model"), "what makes the checkpoints", shown="libxl-colo"
+    engine: Literal["libxl-colo", "libxl-live", "qemu", "model"] = setting(
+        keys.choice("libxl-colo", "libxl-live", "qemu", "model"), "what makes the checkpoints", shown="libxl-colo"
     )
     arbiter: Literal["none", "etcd", "command"] = setting(
         keys.choice("none", "etcd", "command"), "who says which host goes on alone", "none", shown="command"
@@ -163,6 +163,7 @@ class PairConfig:
     nics: tuple[NicConfig, ...] = table(NicConfig, "nic", "the guest's NICs", many=True)
     exempts: tuple[Exemption, ...] = table(Exemption, "exempt", "passes uncompared", (), many=True, live=True)
     libxl_colo: LibxlColoConfig | None = table(LibxlColoConfig, "libxl_colo", 'for engine = "libxl-colo"', None)
+    libxl_live: LibxlLiveConfig | None = table(LibxlLiveConfig, "libxl_live", 'for engine = "libxl-live"', None)
     qemu: QemuConfig | None = table(QemuConfig, "qemu", 'for engine = "qemu"', None)
     model: ModelConfig = table(ModelConfig, "model", 'for engine = "model"', ModelConfig())
 

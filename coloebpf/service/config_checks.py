@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from coloebpf.service.config_keys import Address
 from coloebpf.service.config_reader import Reader
+from coloebpf.xen.guest import MAX_NAME, SUFFIX
 
 if TYPE_CHECKING:
     from coloebpf.service.config import Config, EtcdConfig, NicConfig, PairConfig
@@ -64,6 +65,8 @@ def _listening(config: Config, pairs: Pairs) -> Iterator[tuple[str, Address]]:
     for at, pair in pairs:
         if pair.engine == "libxl-colo" and pair.libxl_colo:
             yield f"{at}.libxl_colo.listen", pair.libxl_colo.listen
+        if pair.engine == "libxl-live" and pair.libxl_live:
+            yield f"{at}.libxl_live.listen", pair.libxl_live.listen
         if pair.engine == "qemu" and pair.qemu:
             yield f"{at}.qemu.listen", pair.qemu.listen
             if pair.qemu.disk_listen:
@@ -114,6 +117,8 @@ def _times(reader: Reader, at: str, pair: PairConfig) -> None:
 def _engine(reader: Reader, at: str, pair: PairConfig) -> None:
     if pair.engine == "qemu":
         _qemu(reader, at, pair)
+    if pair.engine == "libxl-live":
+        _libxl_live(reader, at, pair)
     if pair.engine != "libxl-colo":
         return
     if not pair.libxl_colo:
@@ -123,6 +128,26 @@ def _engine(reader: Reader, at: str, pair: PairConfig) -> None:
     if not listen.loopback or ":" in listen.host:
         why = "must be an IPv4 address of loopback: libxl knows no other, and nothing protects the connection"
         reader.wrong(f"{at}.libxl_colo.listen", f"is {listen}", why)
+
+
+def _libxl_live(reader: Reader, at: str, pair: PairConfig) -> None:
+    needs = f'{at}.engine = "libxl-live" needs'
+    if not pair.libxl_live:
+        _missing(reader, f"{at}.libxl_live", f"{needs} it")
+    elif pair.commit_timeout_ms < pair.libxl_live.copy_timeout_s * 1000:
+        why = f"must be at least {at}.libxl_live.copy_timeout_s, which is {pair.libxl_live.copy_timeout_s} s"
+        reader.wrong(f"{at}.commit_timeout_ms", f"is {pair.commit_timeout_ms}", why)
+    for i, nic in enumerate(pair.nics):
+        if not nic:
+            continue
+        if not nic.standby_vif:
+            _missing(reader, f"{at}.nic[{i}].standby_vif", f"{needs} a second port for each NIC")
+        if not nic.bridge:
+            _missing(reader, f"{at}.nic[{i}].bridge", f"{needs} to know where its ports belong")
+        for key in ("vif", "standby_vif"):
+            if len(name := getattr(nic, key)) > MAX_NAME:
+                why = f"must have {MAX_NAME} characters at most, for the other end's name has {SUFFIX} behind it"
+                reader.wrong(f"{at}.nic[{i}].{key}", f"is {name}", why)
 
 
 def _qemu(reader: Reader, at: str, pair: PairConfig) -> None:

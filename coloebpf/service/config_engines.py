@@ -20,6 +20,23 @@ class LibxlColoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LibxlLiveConfig:
+    """[pair.libxl_live]: for engine = "libxl-live", guests of stock Xen that are copied by libxl's live migration."""
+
+    domain: str = setting(keys.NAME, "the guest's name in xl, on both hosts", shown="web")
+    listen: Address = setting(
+        keys.ADDRESS, "where this host takes the guest's memory; it is not encrypted on its way", shown="10.9.9.1:7790"
+    )
+    copy_timeout_s: int = setting(
+        keys.integer(1, 3600, "seconds"), "for a copy of all the guest's memory, while the guest runs", 120
+    )
+    step_timeout_s: int = setting(
+        keys.integer(1, 600, "seconds"), "for each step of libxl behind that: so long the guest may stand still", 15
+    )
+    run_dir: Path = setting(keys.PATH, "records of the copies, and what libxl says", Path("/run/coloebpf/xen"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """[pair.model]: for engine = "model", which copies nothing."""
 

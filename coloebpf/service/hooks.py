@@ -21,6 +21,7 @@ from coloebpf.model import Sizes, State
 from coloebpf.service.config import Config, Exemption, PairConfig
 from coloebpf.service.control_socket import answers
 from coloebpf.service.log import say
+from coloebpf.xen import ports
 
 log = logging.getLogger("coloebpf.hooks")
 
@@ -69,6 +70,9 @@ class Hooks:
         plane = self._loaded()
         for nic in pair.nics:
             spec = nic.spec(pair)
+            if pair.engine == "libxl-live":
+                for vif in (nic.vif, nic.standby_vif):
+                    await asyncio.to_thread(ports.ensure, vif, nic.bridge, plane.sizes.mtu)
             if self._same and await asyncio.to_thread(plane.is_attached, spec):
                 continue
             await asyncio.to_thread(plane.attach, spec)

@@ -61,6 +61,12 @@ engine = "model"
 """
 
 
+LIVE = (
+    "  [pair.libxl_colo]",
+    '  [pair.libxl_live]\n  domain = "web"\n  listen = "192.0.2.1:7790"\n  [pair.libxl_colo]',
+)
+
+
 def edited(*edits: tuple[str, str]) -> str:
     """TEXT with the first of each replaced."""
     text = TEXT
@@ -99,9 +105,15 @@ def test_what_a_file_reads_as() -> None:
         ([('name = "a"', "")], "host.name", "is missing", "letters, digits"),
         ([('[host]\nname = "a"', "")], "host.name", "is missing", "letters, digits"),
         ([('"primary"', '"master"')], "pair[0].role", "is 'master'", '"primary" or "secondary"'),
-        ([('"libxl-colo"', '"kvm"')], "pair[0].engine", "is 'kvm'", '"libxl-colo" or "qemu" or "model"'),
+        ([('"libxl-colo"', '"kvm"')], "pair[0].engine", "is 'kvm'", '"libxl-colo" or "libxl-live" or "qemu" or "model"'),
         ([('"libxl-colo"', '"qemu"')], "pair[0].qemu", "is missing", "needs it"),
         ([('"libxl-colo"', '"qemu"')], "pair[0].nic[1].standby_vif", "is missing", "a second tap"),
+        ([('"libxl-colo"', '"libxl-live"')], "pair[0].libxl_live", "is missing", "needs it"),
+        ([('"libxl-colo"', '"libxl-live"')], "pair[0].nic[1].standby_vif", "is missing", "a second port"),
+        ([('"libxl-colo"', '"libxl-live"')], "pair[0].nic[1].bridge", "is missing", "where its ports belong"),
+        ([('"libxl-colo"', '"libxl-live"'), ('"vif1.1"', '"a-name-of-14.1"')], "pair[0].nic[1].vif", "is a-name-of-14.1", "13 characters at most"),
+        ([('"libxl-colo"', '"libxl-live"'), LIVE], "pair[0].commit_timeout_ms", "is 10000", "copy_timeout_s, which is 120 s"),
+        ([('"libxl-colo"', '"libxl-live"'), (LIVE[0], LIVE[1].replace("7790", "7788"))], "pair[0].libxl_live.listen", "as peer.listen is", "port of its own"),
         ([("192.0.2.1:7788", "host-a:7788")], "peer.listen", "'host-a' is no IP address", "192.0.2.1:7788"),
         ([("192.0.2.1:7788", "192.0.2.1")], "peer.listen", "no port", "192.0.2.1:7788"),
         ([("192.0.2.1:7788", "192.0.2.1:0")], "peer.listen", "no port from 1", "192.0.2.1:7788"),

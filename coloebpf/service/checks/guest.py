@@ -5,15 +5,16 @@ What is asked for is in docs/operations.md; where it comes from, in shared/refer
 
 from __future__ import annotations
 
-import ast
 import mmap
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from coloebpf.errors import ConfigError
 from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
 from coloebpf.service.config import PairConfig
+from coloebpf.xen import xlcfg
 
 LIBRARIES = ("usr/lib/*/libxenlight.so.*", "usr/lib/xen-*/lib/*/libxenlight.so.*", "usr/local/lib/libxenlight.so.*")
 IN_COLO = b"COLO_USERSPACE_PROXY_INIT"  # is in a libxenlight that was built with libnl, and in no other
@@ -83,24 +84,14 @@ def configuration(host: Host) -> Iterator[Finding]:
             )
             continue
         try:
-            settings = _settings(path.read_text(errors="replace"))
-        except (SyntaxError, ValueError) as error:
+            settings = xlcfg.settings(path.read_text(errors="replace"))
+        except ConfigError as error:
             yield Finding(FAIL, f"{path} can't be read: {error}", "`xl create -n` says what is wrong with it")
             continue
         found = [*_machine(settings), *_vifs(settings, pair), *_disks(settings)]
         yield from (Finding(f.level, f"{path}: {f.text}", f.advice) for f in found)
         if not found:
             yield Finding(OK, f"{path} is as COLO needs it")
-
-
-def _settings(text: str) -> dict[str, Any]:
-    """xl.cfg(5) is a row of assignments of strings, numbers and lists, as Python has them. Raises for anything else."""
-    found = {}
-    for statement in ast.parse(text).body:
-        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
-            raise ValueError(f"line {statement.lineno} is no assignment")
-        found[statement.targets[0].id] = ast.literal_eval(statement.value)
-    return found
 
 
 def _machine(settings: Mapping[str, Any]) -> Iterator[Finding]:
@@ -114,13 +105,8 @@ def _machine(settings: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _options(row: str) -> dict[str, str]:
-    """A vif or disk line: key=value, comma separated; a word without '=' has an empty value."""
-    return {key.strip(): value.strip() for key, _, value in (word.partition("=") for word in row.split(","))}
-
-
 def _vifs(settings: Mapping[str, Any], pair: PairConfig) -> Iterator[Finding]:
-    rows = [_options(row) for row in settings.get("vif", [])]
+    rows = [xlcfg.options(row) for row in settings.get("vif", [])]
     if len(rows) != len(pair.nics):
         yield Finding(
             FAIL,
@@ -150,7 +136,7 @@ def _vifs(settings: Mapping[str, Any], pair: PairConfig) -> Iterator[Finding]:
 
 
 def _disks(settings: Mapping[str, Any]) -> Iterator[Finding]:
-    rows = [_options(row) for row in settings.get("disk", [])]
+    rows = [xlcfg.options(row) for row in settings.get("disk", [])]
     for number, row in enumerate(rows):
         if row.get("devtype") == "cdrom":
             yield Finding(FAIL, f"disk {number} is a CD-ROM, which COLO refuses", "take its line out")

@@ -75,10 +75,11 @@ def _addresses(pair: PairConfig, config: QemuConfig) -> Iterator[Finding]:
     if config.disks and config.disk_listen is not None:
         keys.append(("disk_listen", config.disk_listen))
     for key, address in keys:
-        yield _address(f"[pair.qemu] {key} of pair {pair.name}", address)
+        yield free_address(f"[pair.qemu] {key} of pair {pair.name}", address)
 
 
-def _address(what: str, address: Address) -> Finding:
+def free_address(what: str, address: Address) -> Finding:
+    """Somebody could listen there."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
         socket.create_server((address.host, address.port), family=family).close()

@@ -69,6 +69,9 @@ def _config_commands(config: Any) -> None:
     check.add_argument("file", nargs="?", type=Path, default=CONFIG, help="(default: %(default)s)")
     _add_json(check)
     _add(config, "example", _config_example, "print a configuration file with every key", area="config ")
+    xl = _add(config, "xl", _config_xl, "say what has to change in a Xen guest's own configuration", area="config ")
+    xl.add_argument("guest", type=Path, metavar="GUEST.cfg", help="as xl.cfg(5) has it")
+    _add_config(xl)
     pki = _add(
         config, "init-pki", _config_init_pki, "make a CA, and a certificate and key for each host", area="config "
     )
@@ -181,6 +184,15 @@ def _config_example(_: argparse.Namespace) -> None:
     from coloebpf.service import config_example
 
     print(config_example.example(), end="")
+
+
+def _config_xl(args: argparse.Namespace) -> int:
+    from coloebpf.service import config
+    from coloebpf.service.commands import xl_text
+
+    found = xl_text.changes(args.guest, config.load(args.config))
+    print(found.text)
+    return found.code
 
 
 def _config_init_pki(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from coloebpf.control import Control, PairState
 from coloebpf.errors import NotifyError
 from coloebpf.model import Role, State
-from coloebpf.service.config import PairConfig, QemuConfig
+from coloebpf.service.config import LibxlLiveConfig, PairConfig, QemuConfig
 from coloebpf.service.engine import Emit, Engine
 from coloebpf.service.engines import xl
 from coloebpf.service.engines.libxl_colo import LibxlColoEngine, kept_name
@@ -17,10 +17,14 @@ from coloebpf.service.engines.model import ModelEngine
 from coloebpf.service.engines.qemu_primary import QemuPrimary
 from coloebpf.service.engines.qemu_secondary import QemuSecondary
 from coloebpf.service.engines.qemu_vms import Vms
+from coloebpf.service.engines.xen_domains import Domains
+from coloebpf.service.engines.xen_primary import XenPrimary
+from coloebpf.service.engines.xen_secondary import XenSecondary
 from coloebpf.service.fdstore import Kept, Notifier
 from coloebpf.service.log import say
 from coloebpf.service.peer.messages import EngineWord, Message
 from coloebpf.vifs import Vifs
+from coloebpf.xen import ports
 
 log = logging.getLogger("coloebpf.engines")
 
@@ -31,6 +35,8 @@ def make(
     """The engine, not started. `send`: to the other host's service."""
     if pair.qemu is not None and pair.engine == "qemu":
         return _qemu(pair, pair.qemu, control, send, emit)
+    if pair.libxl_live is not None and pair.engine == "libxl-live":
+        return _libxl_live(pair, pair.libxl_live, control, send, emit)
     if pair.libxl_colo is not None and pair.engine == "libxl-colo":
         alive = partial(xl.domain_alive, pair.libxl_colo.domain)
         return LibxlColoEngine(pair.name, pair.role, pair.libxl_colo.listen, emit, alive, notifier)
@@ -48,6 +54,20 @@ def _qemu(
     nics = tuple(nic.number for nic in pair.nics)
     vifs = Vifs(control, pair.number, nics)
     return QemuSecondary(nics, Vms.of(pair, qemu), vifs, emit, tell, lambda: control.state(pair.number))
+
+
+def _libxl_live(
+    pair: PairConfig, config: LibxlLiveConfig, control: Control, send: Callable[[Message], object], emit: Emit
+) -> Engine:
+    def tell(word: str, number: int, detail: str) -> None:
+        send(EngineWord(pair.number, word, number, detail))
+
+    nics = tuple(nic.number for nic in pair.nics)
+    vifs = Vifs(control, pair.number, nics)
+    domains = Domains.of(pair, config)
+    if pair.role is Role.PRIMARY:
+        return XenPrimary(domains, emit, tell, lambda: control.state(pair.number).state, lambda: vifs.here(nics[0]))
+    return XenSecondary(nics, domains, vifs, ports, emit, tell, lambda: control.state(pair.number))
 
 
 def reconfigure(engine: Engine, pair: PairConfig) -> None:

@@ -1,0 +1,108 @@
+"""What the engine libxl-live needs of a host: Xen with a libxl of a known version, its hotplug script, sch_plug.
+
+What is asked for is in docs/xen.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from coloebpf.errors import ConfigError
+from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
+from coloebpf.service.checks.guest import LIBRARIES
+from coloebpf.service.checks.qemu import free_address
+from coloebpf.service.config import LibxlLiveConfig, PairConfig
+from coloebpf.xen import xlcfg
+from coloebpf.xen.guest import SCRIPT, Wrong, port_of
+from coloebpf.xen.libxl import VERSIONS
+
+SCRIPTS = "/etc/xen/scripts"
+PRIVCMD = ("/dev/xen/privcmd", "/proc/xen/privcmd")
+MODULES = ("sch_plug", "act_mirred", "cls_u32")  # what keeps frames, and what joins taps and ports
+
+
+def engine(host: Host) -> Iterator[Finding]:
+    """The engine could start."""
+    pairs = [(pair, live) for pair in host.known.pairs if pair.engine == "libxl-live" and (live := pair.libxl_live)]
+    if not pairs:
+        yield Finding(OK, "no pair uses libxl-live")
+        return
+    yield _library(host)
+    yield _xen(host)
+    yield _script(host)
+    yield from _modules(host)
+    for pair, config in pairs:
+        yield free_address(f"[pair.libxl_live] listen of pair {pair.name}", config.listen)
+        yield from _guest(host, pair, config)
+
+
+def _library(host: Host) -> Finding:
+    known = {f"libxenlight.so.{version}" for version in VERSIONS}
+    there = [path for pattern in LIBRARIES for path in sorted(host.root.glob(pattern))]
+    for path in there:
+        if path.name in known:
+            return Finding(OK, f"libxl is of a version that coloebpf knows ({path})")
+    advice = f"apt-get install xen-utils-{VERSIONS[0]} (Debian 12's)"
+    if not there:
+        return Finding(FAIL, "there is no libxenlight", advice)
+    return Finding(FAIL, f"{there[0].name} is of another version than coloebpf knows: {', '.join(VERSIONS)}", advice)
+
+
+def _xen(host: Host) -> Finding:
+    if any(host.at(path).exists() for path in PRIVCMD):
+        return Finding(OK, "this host runs under Xen")
+    return Finding(FAIL, "this host does not run under Xen, or is no dom0", "boot the entry with Xen; see `xl info`")
+
+
+def _script(host: Host) -> Finding:
+    path = host.at(f"{SCRIPTS}/{SCRIPT}")
+    if path.exists() and os.access(path, os.X_OK):
+        return Finding(OK, f"the hotplug script {path} is there")
+    return Finding(FAIL, f"there is no hotplug script {path}", f"install deploy/xen/{SCRIPT} there, with mode 755")
+
+
+def _modules(host: Host) -> Iterator[Finding]:
+    modules = host.at(f"/lib/modules/{host.release or os.uname().release}")
+    try:
+        builtin = (modules / "modules.builtin").read_text()
+    except OSError:
+        builtin = ""
+    for name in MODULES:
+        loaded = host.at(f"/sys/module/{name}").exists()
+        if loaded or f"/{name}.ko" in builtin or any(modules.glob(f"kernel/net/sched/{name}.ko*")):
+            yield Finding(OK, f"the kernel has {name}")
+        elif not modules.exists():
+            yield Finding(WARN, f"nobody can say whether the kernel has {name}", f"modprobe {name}")
+        else:
+            yield Finding(FAIL, f"the kernel has no {name}", "use Debian's kernel, or build one with it")
+
+
+def _guest(host: Host, pair: PairConfig, config: LibxlLiveConfig) -> Iterator[Finding]:
+    path = host.at(f"/etc/xen/{config.domain}.cfg")
+    if not path.exists():
+        yield Finding(
+            WARN,
+            f"{path} is not there, so the guest of pair {pair.name} can't be checked",
+            "coloebpf config xl FILE says the same of another file",
+        )
+        return
+    try:
+        found = wrong_in(path, pair)
+    except ConfigError as error:
+        yield Finding(FAIL, f"{path} can't be read: {error}", "`xl create -n` says what is wrong with it")
+        return
+    yield from (Finding(FAIL, f"{path}: {one.text}", one.advice) for one in found)
+    if not found:
+        yield Finding(OK, f"{path} is as libxl-live needs it")
+
+
+def wrong_in(path: Path, pair: PairConfig) -> list[Wrong]:
+    """What has to change in a guest's file. Raises ConfigError."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError as e:
+        raise ConfigError(f"{path} can't be read: {e.strerror}") from e
+    ports = [port_of(nic.vif) for nic in pair.nics]
+    return xlcfg.changes(xlcfg.settings(text), ports, [nic.mac for nic in pair.nics])

@@ -1,0 +1,48 @@
+"""`coloebpf config xl`: what has to change in a guest's own configuration, and why."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+from coloebpf.errors import ConfigError
+from coloebpf.service.checks.live import wrong_in
+from coloebpf.service.config import Config, PairConfig
+from coloebpf.xen import xlcfg
+
+WIDTH = 79
+
+
+class Changes(NamedTuple):
+    """For people, below 80 columns; and the command's exit code: 1 if there is something to change."""
+
+    text: str
+    code: int
+
+
+def changes(path: Path, config: Config) -> Changes:
+    """Of the guest whose file this is. Raises ConfigError if no pair is for it."""
+    pair = _pair(path, config)
+    lines = []
+    for wrong in wrong_in(path, pair):
+        lines += textwrap.wrap(wrong.text[0].upper() + wrong.text[1:] + ":", WIDTH)
+        lines += ["    " + wrong.advice, ""]
+    if not lines:
+        return Changes(f"{path} is as engine {pair.engine} of pair {pair.name} needs it", 0)
+    return Changes("\n".join([*lines, "Start the guest anew with it: xl shutdown, xl create."]), 1)
+
+
+def _pair(path: Path, config: Config) -> PairConfig:
+    try:
+        name = xlcfg.settings(path.read_text(errors="replace")).get("name")
+    except OSError as e:
+        raise ConfigError(f"{path} can't be read: {e.strerror}") from e
+    live = {pair.libxl_live.domain: pair for pair in config.pairs if pair.libxl_live and pair.engine == "libxl-live"}
+    if name not in live:
+        known = ", ".join(live) or "none"
+        raise ConfigError(
+            f'{config.path} has no pair with engine = "libxl-live" and domain = "{name}"; there are: {known}. '
+            "What libxl-colo needs, `coloebpf doctor` says of /etc/xen/NAME.cfg"
+        )
+    return live[name]

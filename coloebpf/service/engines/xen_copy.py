@@ -1,0 +1,94 @@
+"""One live copy of the PVM by libxl, from the primary's side: into a standby, with the PVM stopped at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+
+from coloebpf.errors import EngineError
+from coloebpf.service.engines.standby import Standby
+from coloebpf.xen.client import Worker
+
+Told = Callable[["Copy"], object]
+
+
+class Copy:
+    """What is known of it. `on_stopped` is called when the PVM stands still, and all but its rest is written;
+    `on_written` when all is: the PVM goes on when that returns.
+    """
+
+    def __init__(self, standby: Standby, on_stopped: Told, on_written: Told) -> None:
+        loop = asyncio.get_running_loop()
+        self.standby, self.number = standby, standby.number
+        self._on_stopped, self._on_written = on_stopped, on_written
+        self.refused = ""  # why no copy of this guest makes sense
+        self.switching = False  # the secondary was told that the checkpoint comes
+        self.suspended = False  # that the PVM stands still was told
+        self._stopped, self._whole = loop.create_future(), loop.create_future()
+        self._stream: socket.socket | None = None
+        self._worker: Worker | None = None
+        self._broken = ""
+
+    def heard(self, word: str, detail: str) -> None:
+        """The secondary has said something of it."""
+        if word == "whole" and not self._whole.done():
+            self._whole.set_result(None)
+        elif word == "lost":
+            self.fail(detail)
+
+    def fail(self, reason: str) -> None:
+        """It comes to nothing. libxl notices at its connection's end, and lets the PVM go on."""
+        self._broken = self._broken or reason
+        if not self._whole.done():
+            self._whole.set_exception(EngineError(reason))
+            self._whole.exception()  # nobody need look at it
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.shutdown(socket.SHUT_RDWR)
+
+    async def write(self, worker: Worker, domid: int, copy_s: float, step_s: float) -> None:
+        """Returns when the PVM goes on and all is written. Raises EngineError; then the PVM may stand still."""
+        self._worker = worker
+        self._stream = await self.standby.reach()
+        with self._stream as stream:
+            stream.setblocking(True)
+            order = asyncio.get_running_loop().create_task(
+                worker.do("copy", copy_s + 3 * step_s, stream.fileno(), self._step, domid=domid)
+            )
+            try:
+                await asyncio.wait((order, self._stopped), timeout=copy_s, return_when=asyncio.FIRST_COMPLETED)
+                if not order.done() and not self._stopped.done():
+                    self.fail(f"the PVM did not come to a standstill in {copy_s:g} s")
+                await asyncio.wait((order,), timeout=step_s)
+                if not order.done():
+                    self.fail(f"libxl was not through with the PVM's rest in {step_s:g} s")
+                    await worker.kill()
+                    await asyncio.wait((order,))
+            except asyncio.CancelledError:
+                self.fail("given up")
+                order.cancel()  # the worker is let go of, and lets the PVM go on
+                await asyncio.wait((order,))
+                raise
+        if (error := order.exception()) is not None and not self._broken:
+            raise error
+        if self._broken:
+            raise EngineError(self._broken)
+
+    async def whole(self, seconds: float) -> None:
+        """Returns when the standby has all of it. Raises EngineError."""
+        try:
+            async with asyncio.timeout(seconds):
+                await asyncio.shield(self._whole)
+        except TimeoutError as e:
+            raise EngineError(f"the standby has not got the whole state in {seconds:g} s") from e
+
+    def _step(self, step: str) -> None:
+        if not self._stopped.done():
+            self._stopped.set_result(None)
+        if not self._broken:
+            self._on_stopped(self) if step == "stopped" else self._on_written(self)
+        if step == "written":
+            assert self._worker is not None
+            self._worker.go()

@@ -1,0 +1,125 @@
+"""A pair's domains on this host: the guest by its name, and copies of it, one behind each of the NICs' two ports."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from coloebpf.service.config import LibxlLiveConfig, PairConfig
+from coloebpf.service.log import say
+from coloebpf.xen.client import ARGV, Libxl, Worker
+from coloebpf.xen.guest import Wrong, port_of, ports_of, unfit
+from coloebpf.xen.libxl import Domain
+
+SLOTS = (0, 1)
+
+logger = logging.getLogger("coloebpf.xen")
+
+
+class Domains:
+    """`vifs`: names of the devices of each slot, in the order of the pair's NICs. Its methods raise XenError."""
+
+    def __init__(
+        self, pair: str, config: LibxlLiveConfig, vifs: Sequence[tuple[str, ...]], argv: Sequence[str] = ARGV
+    ) -> None:
+        self.pair, self.config = pair, config
+        self._vifs = vifs
+        self._home = config.run_dir / pair
+        self._libxl = Libxl(self._home, "orders", argv)
+        self._slow = Libxl(self._home, "ends", argv)  # an end takes seconds, and a start may not wait for it
+
+    @classmethod
+    def of(cls, pair: PairConfig, config: LibxlLiveConfig) -> Domains:
+        """As the pair's configuration says."""
+        return cls(pair.name, config, [tuple((nic.vif, nic.standby_vif)[slot] for nic in pair.nics) for slot in SLOTS])
+
+    def vifs(self, slot: int) -> tuple[str, ...]:
+        """Names of the slot's devices."""
+        return self._vifs[slot]
+
+    def ports(self, slot: int) -> list[str]:
+        """What a domain in this slot has for bridges."""
+        return [port_of(vif) for vif in self._vifs[slot]]
+
+    def name(self, slot: int) -> str:
+        """Of the copy there."""
+        return f"{self.config.domain}--{slot}"
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
+
+    async def all(self) -> list[Domain]:
+        """Of this host."""
+        return [Domain(**domain) for domain in await self._libxl.do("domains", self.config.step_timeout_s)]
+
+    async def guest(self) -> Domain | None:
+        """The one that has the guest's own name."""
+        return next((domain for domain in await self.all() if domain.name == self.config.domain), None)
+
+    async def copy(self, slot: int) -> Domain | None:
+        """The one in this slot."""
+        return next((domain for domain in await self.all() if domain.name == self.name(slot)), None)
+
+    async def unfit(self, domid: int) -> list[Wrong]:
+        """Why this guest can't be protected."""
+        return unfit(
+            await self._configuration(domid), [sorted(ports) for ports in zip(*map(self.ports, SLOTS), strict=True)]
+        )
+
+    async def slot_of(self, domid: int) -> int | None:
+        """Where a domain is."""
+        ports = ports_of(await self._configuration(domid))
+        return next((slot for slot in SLOTS if self.ports(slot) == ports), None)
+
+    async def _configuration(self, domid: int) -> str:
+        return str(await self._libxl.do("configuration", self.config.step_timeout_s, domid=domid))
+
+    # ---- acting ----------------------------------------------------------------------------------------------------
+
+    async def worker(self, name: str) -> Worker:
+        """For a copy; the caller ends it."""
+        return await self._libxl.worker(name)
+
+    async def do(self, order: str, domid: int) -> None:
+        """resume, pause or unpause."""
+        await self._libxl.do(order, self.config.step_timeout_s, domid=domid)
+
+    async def take_name(self, slot: int) -> None:
+        """The copy there is the guest now."""
+        if (copy := await self.copy(slot)) is not None:
+            await self._libxl.do(
+                "rename", self.config.step_timeout_s, domid=copy.domid, old=copy.name, new=self.config.domain
+            )
+
+    async def destroy(self, domid: int) -> None:
+        """It is gone when this returns."""
+        await self._slow.do("destroy", self.config.copy_timeout_s, domid=domid)
+
+    def new_uuid(self, slot: int) -> str:
+        """Of the next copy there. It is written down first: a restore that is killed may leave it without a name."""
+        fresh = str(uuid.uuid4())
+        self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._note(slot).write_text(json.dumps(fresh))
+        return fresh
+
+    async def clear(self, slot: int) -> None:
+        """Destroys what is in the slot, whole or half."""
+        noted = ""
+        with contextlib.suppress(OSError, ValueError):
+            noted = json.loads(self._note(slot).read_text())
+        for domain in await self.all():
+            # A promoted copy keeps its UUID and has the guest's name.
+            if domain.name == self.name(slot) or (domain.uuid == noted and domain.name != self.config.domain):
+                say(logger, logging.INFO, "a copy is destroyed", pair=self.pair, domain=domain.domid)
+                await self.destroy(domain.domid)
+
+    async def end(self) -> None:
+        """Lets go of libxl."""
+        await self._libxl.end()
+        await self._slow.end()
+
+    def _note(self, slot: int) -> Path:
+        return self._home / f"{slot}.json"

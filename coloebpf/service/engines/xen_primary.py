@@ -1,0 +1,273 @@
+"""Engine libxl-live on the primary: each checkpoint is a live copy of the PVM into a new domain on the other host.
+
+The order of a checkpoint, and who does what: docs/xen.md. libxl runs in a worker's process, which lets the PVM go on
+also when nobody is here to tell it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+from coloebpf.errors import EngineError, XenError
+from coloebpf.model import State
+from coloebpf.service.engine import (
+    Committed,
+    DomainGone,
+    Emit,
+    EngineEvent,
+    Failed,
+    Ready,
+    Say,
+    SecondaryGone,
+    Suspended,
+)
+from coloebpf.service.engines.standby import Standby
+from coloebpf.service.engines.xen_copy import Copy
+from coloebpf.service.engines.xen_domains import Domains
+from coloebpf.service.log import say
+
+WANTED = (State.SYNCING, State.LOCKSTEP, State.CHECKPOINTING)
+TEND_S = 0.2
+ASK_S = 1.0  # between two questions for a standby
+UNDO_S = 5.0  # for a worker that has lost its connection to let the PVM go on
+
+logger = logging.getLogger("coloebpf.xen")
+
+
+class XenPrimary:
+    """See coloebpf.service.engine.Engine. `state`: the pair's; `here`: ifindex of what has its first NIC's hooks."""
+
+    name = "libxl-live"
+    signals_suspended = True
+    copies = True
+    hands_over = ""
+
+    def __init__(
+        self,
+        domains: Domains,
+        emit: Emit,
+        tell: Say,
+        state: Callable[[], State],
+        here: Callable[[], int],
+        index: Callable[[str], int] = socket.if_nametoindex,
+    ) -> None:
+        self._domains, self._emit_to, self._say_to, self._state = domains, emit, tell, state
+        self._here, self._index = here, index
+        self._config = domains.config
+        self.domid: int | None = None  # of the PVM, if it is there
+        self._standby: Standby | None = None
+        self.copy: Copy | None = None
+        self._requested = False  # a checkpoint is due
+        self._asked = False  # a first one was asked for since the protection began
+        self._heard = 0  # number of the last standby that was offered; 0: none was
+        self._asked_s = 0.0
+        self._complaint = ""
+        self._wake = asyncio.Event()
+        self._working: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopped = False
+
+    # ---- coloebpf.service.engine.Engine ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Ready follows when the guest is there, which may be started later."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._tend()), loop.create_task(self._work())]
+
+    async def request_checkpoint(self) -> None:
+        """See Engine."""
+        if self.domid is None:
+            raise EngineError(f"there is no guest {self._config.domain} on this host")
+        if self._requested:
+            raise EngineError("a checkpoint is under way")
+        self._requested = self._asked = True
+        self._wake.set()
+
+    async def failover(self) -> None:
+        """Gives up the secondary; Ready follows, another SVM could be made."""
+        self._asked = False
+        self._standby = None
+        await self._give_up("the secondary is given up")
+        if self.domid is not None:
+            asyncio.get_running_loop().call_soon(self._emit, Ready())
+
+    async def stop(self) -> None:
+        """See Engine. A PVM that stands still goes on."""
+        self._stopped = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._domains.end()
+
+    async def guest_lives(self) -> bool:
+        """See Inquiring."""
+        guest = await self._domains.guest()
+        return guest is not None and not guest.ended
+
+    # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
+
+    def heard(self, word: str, number: int, detail: str) -> None:
+        """See Talking."""
+        copy = self.copy if self.copy is not None and self.copy.number == number else None
+        match word:
+            case "standby":
+                self._heard = number
+                if copy is not None:
+                    return  # offered twice
+                host, port, token = detail.split()
+                self._standby = Standby(number, host, int(port), token)
+                if self.copy is not None:
+                    self.copy.fail("the secondary has another standby")
+                self._wake.set()
+            case "whole" | "lost" if copy:
+                copy.heard(word, detail)
+            case "gone":
+                self._emit(SecondaryGone(detail))
+
+    def peer_up(self) -> None:
+        """See Talking."""
+        if self.copy is not None:
+            self.copy.fail("the link was down meanwhile")
+        self._standby = None
+        self._asked_s = 0.0
+
+    # ---- the PVM ---------------------------------------------------------------------------------------------------
+
+    async def _tend(self) -> None:
+        while True:
+            try:
+                await self._look()
+                self._complaint = ""
+            except XenError as e:
+                if str(e) != self._complaint:
+                    say(logger, logging.ERROR, "nobody can look at the guest", pair=self._domains.pair, error=e)
+                self._complaint = str(e)
+            wanted = self._state() in WANTED
+            if not wanted:
+                self._standby = None  # the secondary ends it too
+            if not wanted and self._asked:
+                self._asked = False
+                await self._give_up("the protection has ended")
+                if self.domid is not None:
+                    self._emit(Ready())  # for the next protection: after a fatal failure nobody expects it
+            now = asyncio.get_running_loop().time()
+            if wanted and self._standby is None and self.copy is None and now - self._asked_s > ASK_S:
+                self._asked_s = now
+                self._say_to("ask", self._heard, "")
+            await asyncio.sleep(TEND_S)
+
+    async def _look(self) -> None:
+        guest = await self._domains.guest()
+        if self.domid is not None and (guest is None or guest.ended or guest.domid != self.domid):
+            self.domid = None
+            if self.copy is not None:
+                self.copy.fail("the PVM is gone")
+            self._emit(DomainGone(f"the guest {self._config.domain} is gone"))
+        if guest is None or guest.ended:
+            return
+        if guest.suspended and self._working is None and self._state() is not State.UNPROTECTED:
+            await self._let_go_on(guest.domid)  # what a copy of another service, or one that was killed, has left
+        if self.domid is None:
+            self.domid = guest.domid
+            self._emit(Ready())
+
+    async def _let_go_on(self, domid: int) -> None:
+        say(logger, logging.WARNING, "the PVM stood still, and goes on", pair=self._domains.pair, domain=domid)
+        await self._domains.do("resume", domid)
+
+    async def _refusal(self, domid: int) -> str:
+        """Why this guest can't be protected, or "". Raises XenError."""
+        if wrong := await self._domains.unfit(domid):
+            return "; ".join(f"{one.text} ({one.advice})" for one in wrong)
+        slot = await self._domains.slot_of(domid)
+        if slot is None or self._index(self._domains.vifs(slot)[0]) != self._here():
+            other = self._domains.ports(1 - (slot or 0))[0]
+            return f"the guest is not behind the port that is compared: start it with bridge={other}"
+        return ""
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if not self._requested or self.domid is None or self._standby is None:
+                continue
+            standby, self._standby = self._standby, None
+            self.copy = copy = Copy(standby, self._switch, self._suspend)
+            self._working = asyncio.get_running_loop().create_task(self._make(copy, self.domid))
+            try:
+                await asyncio.wait((self._working,))
+            except asyncio.CancelledError:
+                self._working.cancel()
+                await asyncio.wait((self._working,))
+                raise
+            self.copy = self._working = None
+            self._wake.set()
+
+    async def _make(self, copy: Copy, domid: int) -> None:
+        try:
+            await self._checkpoint(copy, domid)
+        except EngineError as e:
+            copy.fail(str(e))
+            self._say_to("discard", copy.number, "")
+            say(logger, logging.WARNING, "a copy came to nothing", pair=self._domains.pair, reason=e)
+            if self._requested or copy.suspended:
+                self._requested = False
+                self._emit(Failed(str(e), fatal=bool(copy.refused)))
+                if copy.refused:
+                    self._emit(Ready())  # for the next protection, when that is mended
+        except asyncio.CancelledError:
+            copy.fail("given up")
+            self._say_to("discard", copy.number, "")
+            raise
+
+    async def _checkpoint(self, copy: Copy, domid: int) -> None:
+        if refusal := await self._refusal(domid):
+            copy.refused = refusal
+            raise EngineError(refusal)
+        worker = await self._domains.worker("copy")
+        try:
+            await copy.write(worker, domid, self._config.copy_timeout_s, self._config.step_timeout_s)
+        except EngineError:
+            await worker.end()
+            await self._go_on(domid)
+            raise
+        finally:
+            await worker.end()
+        await copy.whole(self._config.step_timeout_s)
+        self._requested = False
+        self._emit(Committed())
+        self._say_to("go", copy.number, "")
+
+    async def _go_on(self, domid: int) -> None:
+        """If the worker could not see to it; _look() tries again."""
+        guest = await self._domains.guest()
+        if guest is not None and guest.domid == domid and guest.suspended:
+            await self._let_go_on(domid)
+
+    def _switch(self, copy: Copy) -> None:
+        """Client frames go to the new domain's port from here on, where they wait; the old SVM proves nothing more."""
+        if not copy.switching:
+            copy.switching = True
+            self._say_to("switch", copy.number, "")
+
+    def _suspend(self, copy: Copy) -> None:
+        """All that the PVM has sent so far is in the copy, and its QEMU stands still too."""
+        self._switch(copy)
+        copy.suspended = True
+        self._emit(Suspended(requested=self._requested))
+
+    async def _give_up(self, reason: str) -> None:
+        self._requested = False
+        if self.copy is not None:
+            self.copy.fail(reason)
+        if self._working is not None:
+            await asyncio.wait((self._working,), timeout=UNDO_S)
+
+    def _emit(self, event: EngineEvent) -> None:
+        if not self._stopped:
+            self._emit_to(event)

@@ -1,0 +1,94 @@
+"""What a guest of the engine libxl-live must be, by its libxl_domain_config in JSON; and how a copy of it is placed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coloebpf.errors import XenError
+
+SCRIPT = "vif-coloebpf"  # deploy/xen; the guest's own configuration names it
+SUFFIX = "-x"  # of the guest's end of a port (ports.py)
+MAX_NAME = 15 - len(SUFFIX)  # of the other end: IFNAMSIZ, less its NUL
+
+
+def port_of(vif: str) -> str:
+    """What the NIC's `bridge=` must be for the device `vif` of the configuration."""
+    return f"{vif}{SUFFIX}"
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """`text`: what is wrong. `advice`: the line of the guest's configuration that mends it, or what else does."""
+
+    text: str
+    advice: str
+
+
+def unfit(config: str, bridges: Sequence[Sequence[str]]) -> list[Wrong]:
+    """Why this guest can't be protected. `bridges`: for each NIC the ports (ports.py) that it may be behind."""
+    try:
+        whole = json.loads(config)
+        return [*_machine(whole), *_nics(whole.get("nics", []), bridges), *_disks(whole.get("disks", []))]
+    except (ValueError, AttributeError, TypeError, KeyError) as e:
+        raise XenError(f"libxl's description of the guest can't be read: {e!r}") from e
+
+
+def _machine(config: Mapping[str, Any]) -> Iterator[Wrong]:
+    kind = config["c_info"].get("type")
+    if kind != "hvm":
+        yield Wrong(f"the guest is {kind or 'of no known type'}, not HVM", 'type = "hvm"')
+        return
+    hvm = config.get("b_info", {}).get("type.hvm", {})
+    if hvm.get("xen_platform_pci") != "False":
+        yield Wrong(
+            "the guest has PV drivers: they connect anew in each copy, and send other packets",
+            "xen_platform_pci = 0, and xen_emul_unplug=never on the guest kernel's command line",
+        )
+
+
+def _nics(nics: Sequence[Mapping[str, Any]], bridges: Sequence[Sequence[str]]) -> Iterator[Wrong]:
+    if len(nics) != len(bridges):
+        yield Wrong(
+            f"the guest has {len(nics)} NICs, the pair {len(bridges)}",
+            "a [[pair.nic]] for each vif of the guest, in their order",
+        )
+        return
+    for number, (nic, ports) in enumerate(zip(nics, bridges, strict=True)):
+        if nic.get("nictype") != "vif_ioemu":
+            yield Wrong(f"vif {number} is not emulated alone", "type=ioemu,model=e1000 in its line")
+        if str(nic.get("script", "")).rpartition("/")[2] != SCRIPT:
+            yield Wrong(f"vif {number} is not joined by {SCRIPT}", f"script={SCRIPT} in its line")
+        if nic.get("bridge") not in ports:
+            place = nic.get("bridge") or "no port"
+            yield Wrong(f"vif {number} is behind {place}, not behind {' or '.join(ports)}", f"bridge={ports[0]}")
+
+
+def _disks(disks: Sequence[Mapping[str, Any]]) -> Iterator[Wrong]:
+    for disk in disks:
+        if disk.get("readwrite"):
+            yield Wrong(
+                f"the guest can write its disk {disk.get('vdev')}, which nobody replicates",
+                "make it read-only (access=ro), or keep the guest's data in its memory",
+            )
+
+
+def ports_of(config: str) -> list[str]:
+    """What its NICs are behind."""
+    return [str(nic.get("bridge", "")) for nic in json.loads(config).get("nics", [])]
+
+
+def placed(config: str, name: str, uuid: str, bridges: Sequence[str]) -> str:
+    """The same guest as another domain: its own name and UUID (/vm/UUID goes with the first that ends), other ports."""
+    try:
+        whole = json.loads(config)
+        whole["c_info"].pop("domid", None)
+        whole["c_info"] |= {"name": name, "uuid": uuid}
+        for nic, bridge in zip(whole.get("nics", []), bridges, strict=True):
+            nic.pop("ifname", None)  # two domains on one host can't have devices of one name
+            nic["bridge"] = bridge
+    except (ValueError, AttributeError, TypeError, KeyError) as e:
+        raise XenError(f"what came is no guest of this pair: {e}") from e
+    return json.dumps(whole)
