@@ -2,7 +2,7 @@
 VENV := .venv
 PY   := $(VENV)/bin/python
 
-.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test systemd-test clean
+.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test systemd-test deb clean
 
 help:
 	@echo "make lab      install what is needed and run the show: two virtual machines in lock-step on this machine"
@@ -10,6 +10,7 @@ help:
 	@echo "make bench    measure every hook and the lab, beside QEMU's colo-compare and a plain bridge"
 	@echo "make lint     ruff and mypy only        make vm-test  only the tests in QEMU"
 	@echo "make faults   hosts, services, links and arbiters that fail, at random moments   make soak  20 minutes of churn"
+	@echo "make deb      the Debian 12 package, in build/"
 	@echo "make clean    remove the venv and caches"
 
 deps:
@@ -22,7 +23,7 @@ deps-test:
 # The stamp is newer than pyproject.toml only if the last install went through.
 $(VENV)/.installed: pyproject.toml
 	/usr/bin/python3 -m venv --system-site-packages $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev,package]'
 	touch $@
 
 venv: $(VENV)/.installed
@@ -95,6 +96,12 @@ systemd-test:
 	$(MAKE) deps-test
 	$(MAKE) venv
 	COLO_SYSTEMD=1 $(PY) -m pytest -s tests/vm/test_systemd.py
+
+# The package for Debian 12: build/coloebpf_*_all.deb.
+deb:
+	deploy/install-deps.sh package
+	$(MAKE) venv
+	deploy/debian/build $(PY)
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

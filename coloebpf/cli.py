@@ -66,27 +66,28 @@ def _run(words: list[str]) -> int:
     if "--" in words:
         split = words.index("--")
         words, command = words[:split], words[split + 1 :]
-    parser = _parser()
-    args = parser.parse_args(words)
+    arguments = parser()
+    args = arguments.parse_args(words)
     if command is not None and not args.takes_command:
-        parser.error(f"'{args.title}' runs no command")
+        arguments.error(f"'{args.title}' runs no command")
     if command is None and args.takes_command == "always":
-        parser.error(f"'{args.title}' needs a command after '--'")
+        arguments.error(f"'{args.title}' needs a command after '--'")
     if command == []:
-        parser.error("there is no command after '--'")
+        arguments.error("there is no command after '--'")
     args.command = command or []
-    args.usage_error = parser.error
+    args.usage_error = arguments.error
     code = int(args.run(args) or 0)
     sys.stdout.flush()  # here, where a reader that went away is no traceback
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; man page and completion are made of it (deploy/debian/build)."""
+    whole = argparse.ArgumentParser(
         prog="coloebpf", description="Non-stop service for Xen guests.", epilog=EXIT_CODES, allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"coloebpf {__version__}")
-    areas = parser.add_subparsers(metavar="COMMAND", required=True)
+    whole.add_argument("--version", action="version", version=f"coloebpf {__version__}")
+    areas = whole.add_subparsers(metavar="COMMAND", required=True)
     service.add(areas)
     lab.add(areas)
-    return parser
+    return whole

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from coloebpf.errors import BpfError
 
-BPF_DIR = Path(__file__).resolve().parent.parent / "bpf"
+_HERE = Path(__file__).resolve().parent
+BPF_DIR = _HERE / "bpf" if (_HERE / "bpf").is_dir() else _HERE.parent / "bpf"  # a link, in the Debian package
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.M)
 
 

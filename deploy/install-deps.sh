@@ -1,5 +1,5 @@
 #!/bin/bash
-# Installs the Debian 12 packages that coloebpf needs: `install-deps.sh lab` (default) or `install-deps.sh test`.
+# Installs the Debian 12 packages that coloebpf needs: `install-deps.sh lab` (default), `test`, or `package` for `make deb`.
 # Calls apt only when something is missing, and leaves no service of Debian's running.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -10,6 +10,8 @@ packages=(python3-bpfcc python3-cryptography linux-headers-amd64 bpftool iproute
 # What the tests and benchmarks drive on top of it.
 test_packages=(qemu-system-common gcc libc6-dev nginx-light curl iperf3 nftables tcpdump
                prometheus etcd-server systemd)
+# What builds the Debian package, and what its tests make a clean root file system with.
+package_packages=(debhelper dh-python python3-venv python3-pip lintian mmdebstrap)
 # Servers whose packages would start them at once and at each boot; the lab starts its own copies in its namespaces.
 services=(redis-server nginx prometheus etcd)
 
@@ -75,8 +77,9 @@ case "${1:-lab}" in
         fetch_vm_kernel
         ;;
     test)
-        install_missing "${packages[@]}" "${test_packages[@]}"
+        install_missing "${packages[@]}" "${test_packages[@]}" "${package_packages[@]}"
         fetch_vm_kernel
         ;;
-    *) die "usage: install-deps.sh [lab|test]" ;;
+    package) install_missing "${package_packages[@]}" ;;
+    *) die "usage: install-deps.sh [lab|test|package]" ;;
 esac

@@ -146,20 +146,27 @@ def _entry(exempt: Exemption) -> tuple[int, int, str]:
     return exempt.protocol, exempt.guest_port, exempt.remote
 
 
-def take_down(config: Config) -> bool:
-    """Takes the dataplane off this host, for good; False if there was none.
-
-    Raises ServiceError while a service works it, or a pair is protected: what is held would be lost, and an SVM speak.
-    """
-    if answers(config.host.control_socket):
-        raise ServiceError("the service runs: stop it first (systemctl stop coloebpf)")
+def check_unneeded(config: Config) -> None:
+    """Raises ServiceError if a pair is protected: what is held would be lost with the programs, and an SVM speak."""
     if not pins.any_there(config.host.pins):
-        return False
+        return
     with Control.open(config.host.pins) as control:
         for pair in config.pairs:
             state = control.state(pair.number).state
             if state not in (State.UNPROTECTED, State.PASSTHROUGH):
                 raise ServiceError(f"pair {pair.name} is {state.name.lower()}: coloebpf unprotect {pair.name} first")
+
+
+def take_down(config: Config) -> bool:
+    """Takes the dataplane off this host, for good; False if there was none.
+
+    Raises ServiceError while a service works it, or it is still needed.
+    """
+    if answers(config.host.control_socket):
+        raise ServiceError("the service runs: stop it first (systemctl stop coloebpf)")
+    if not pins.any_there(config.host.pins):
+        return False
+    check_unneeded(config)
     nics = [nic for pair in config.pairs for nic in pair.nics]
     devices = [device for nic in nics for device in (nic.vif, nic.standby_vif, nic.fwd) if device]
     detach(config.host.pins, devices)

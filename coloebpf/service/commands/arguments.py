@@ -52,6 +52,7 @@ def add(areas: Any) -> None:
         _detach,
         "take programs and maps off this host, when no service runs and no pair is protected",
     )
+    detach.add_argument("--check", action="store_true", help="only say whether a pair is protected; a service may run")
     _add_config(detach)
 
     doctor = _add(
@@ -147,6 +148,9 @@ def _order(args: argparse.Namespace) -> None:
 def _detach(args: argparse.Namespace) -> None:
     from coloebpf.service import config, hooks
 
+    if args.check:
+        hooks.check_unneeded(config.load(args.config))
+        return
     found = hooks.take_down(config.load(args.config))
     print("the dataplane is gone" if found else "there was no dataplane")
 
