@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from coloebpf.lab import image
-from coloebpf.service.engines import qemu_mirror, qemu_primary, qemu_process, qemu_secondary, qmp
+from coloebpf.service.engines import (
+    qemu_checkpoints,
+    qemu_copy,
+    qemu_mirror,
+    qemu_process,
+    qemu_pvm,
+    qemu_secondary,
+    qmp,
+)
 from tests.service.qemu_rig import Rig
 
 pytestmark = [pytest.mark.vm, pytest.mark.real_time]
@@ -23,7 +31,9 @@ LIMITS = {
     qmp: ("TIMEOUT_S",),
     qemu_process: ("START_S",),
     qemu_mirror: ("END_S",),
-    qemu_primary: ("CONNECT_S", "SWITCH_S", "STOP_S", "MOVE_S", "WHOLE_S", "CONT_S", "CUT_S", "UNDO_S", "RELEASE_S"),
+    qemu_pvm: ("CONNECT_S", "CONT_S"),
+    qemu_copy: ("REACH_S",),
+    qemu_checkpoints: ("SWITCH_S", "STOP_S", "MOVE_S", "WHOLE_S", "CUT_S", "UNDO_S", "RELEASE_S"),
     qemu_secondary: ("TOKEN_S",),
 }
 

@@ -26,10 +26,10 @@ from coloebpf.service.engine import (
     SecondaryGone,
     Suspended,
 )
-from coloebpf.service.engines import qemu_primary, qmp
+from coloebpf.service.engines import qemu_checkpoints, qmp
 from coloebpf.service.engines.qemu_filling import Filling
 from coloebpf.service.engines.qemu_mirror import Mirrors
-from coloebpf.service.engines.qemu_primary import QemuPrimary
+from coloebpf.service.engines.qemu_pvm import Pvm
 from coloebpf.service.engines.qmp import Qmp
 from tests.service.qemu_rig import INDEX, Rig
 from tests.service.test_qemu_engine import PATIENCE_S, Test, disk, patience, play
@@ -297,14 +297,14 @@ def test_a_qemu_that_hangs_holds_up_nobody_for_long(play: Play, monkeypatch: pyt
 
     async def test(rig: Rig) -> None:
         await protected(rig)
-        monkeypatch.setattr(qemu_primary, "WHOLE_S", 1.0 if who == "standby" else PATIENCE_S)
+        monkeypatch.setattr(qemu_checkpoints, "WHOLE_S", 1.0 if who == "standby" else PATIENCE_S)
         before, pid = len(rig.heard), standby_pid(rig) if who == "standby" else svm_pid(rig)
         os.kill(pid, signal.SIGSTOP)
         await rig.primary.request_checkpoint()
         await rig.until(lambda: bool({Failed, Committed} & set(kinds(rig, "a", before))), "an end")
         assert kinds(rig, "a", before)[-1] is (Failed if who == "standby" else Committed)
         await rig.pvm_runs()
-        monkeypatch.setattr(qemu_primary, "WHOLE_S", PATIENCE_S)
+        monkeypatch.setattr(qemu_checkpoints, "WHOLE_S", PATIENCE_S)
         await goes_on(rig)
 
     play(test)
@@ -315,7 +315,7 @@ def test_a_pvm_that_hangs_fails_the_checkpoint(play: Play, monkeypatch: pytest.M
         await protected(rig)
         before = len(rig.heard)
         monkeypatch.setattr(qmp, "TIMEOUT_S", 1.0)
-        monkeypatch.setattr(qemu_primary, "UNDO_S", 1.0)
+        monkeypatch.setattr(qemu_checkpoints, "UNDO_S", 1.0)
         os.kill(rig.pvm_pid, signal.SIGSTOP)
         await rig.primary.request_checkpoint()
         await rig.until(lambda: Failed in kinds(rig, "a", before), "the failure")
@@ -328,9 +328,9 @@ def test_a_pvm_that_hangs_fails_the_checkpoint(play: Play, monkeypatch: pytest.M
 
 
 def test_a_pvm_that_was_not_let_go_on_is_tried_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    cont, tries = QemuPrimary._cont, 0
+    cont, tries = Pvm.cont, 0
 
-    async def fails_twice(pvm: Qmp) -> None:
+    async def fails_twice(pvm: Pvm) -> None:
         """In the checkpoint, and when that is undone."""
         nonlocal tries
         tries += 1
@@ -341,7 +341,7 @@ def test_a_pvm_that_was_not_let_go_on_is_tried_again(play: Play, monkeypatch: py
     async def test(rig: Rig) -> None:
         await protected(rig)
         before = len(rig.heard)
-        monkeypatch.setattr(QemuPrimary, "_cont", staticmethod(fails_twice))
+        monkeypatch.setattr(Pvm, "cont", fails_twice)
         rig.once("Suspended", lambda: setattr(rig, "linked", False))  # no other copy lets it go on
         await rig.primary.request_checkpoint()
         await rig.until(lambda: Failed in kinds(rig, "a", before), "the failure")

@@ -30,6 +30,19 @@ def unreplicated(devices: Iterable[Mapping[str, Any]], mirrors: Mirrors) -> str 
     return None
 
 
+async def refusal(pair: str, qmp: Qmp, mirrors: Mirrors) -> str | None:
+    """Why this guest can't be protected: a disk that it can write, and its SVM would have none like it.
+
+    Raises EngineError.
+    """
+    if (disk := unreplicated(await qmp.do("query-block"), mirrors)) is None:
+        return None
+    return (
+        f"{disk} of {pair} can be written and is not replicated: "
+        "make it read-only, or keep the guest's data in its memory"
+    )
+
+
 class Mirrors:
     """All disks of a pair. `ready`: they are equal, and stay so. `broken`: why they are not any more, if so."""
 
