@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -19,43 +18,28 @@ from coloebpf.service import arbiters
 from coloebpf.service.announce import AddressBook, announce
 from coloebpf.service.arbiters.base import Arbiter
 from coloebpf.service.comparer import Comparer, Walk
-from coloebpf.service.config import Config, NicConfig, PairConfig, PeerConfig
+from coloebpf.service.config import Config, NicConfig, PairConfig
 from coloebpf.service.control_socket import ControlSocket
 from coloebpf.service.engines import making
-from coloebpf.service.farewell import Farewell
 from coloebpf.service.fdstore import Kept, Notifier
 from coloebpf.service.feed import Feed
-from coloebpf.service.heartbeat import Heartbeat, Reports
 from coloebpf.service.hooks import Hooks
 from coloebpf.service.log import say
 from coloebpf.service.machine import Change
 from coloebpf.service.metrics_server import MetricsServer, Page
 from coloebpf.service.orders import Orders
+from coloebpf.service.other_host import OtherHost
 from coloebpf.service.outside import Outside
-from coloebpf.service.paths import Watch
-from coloebpf.service.peer.fields import SESSION_BYTES
 from coloebpf.service.peer.link import PeerLink
-from coloebpf.service.peer.messages import (
-    Beat,
-    Bye,
-    Hello,
-    Message,
-    Patience,
-    Restarting,
-    Settled,
-)
-from coloebpf.service.peer.pki import Expiry, Identity
-from coloebpf.service.peer.witness import lease_of
 from coloebpf.service.primary import Primary
 from coloebpf.service.records import MapReader
 from coloebpf.service.report import Reporter
 from coloebpf.service.secondary import Secondary
+from coloebpf.service.tasks import Tasks
 from coloebpf.vifs import Vifs
 
 log = logging.getLogger("coloebpf.service")
 
-MS = 1_000_000  # ns
-GRACE_NS = 3_000 * MS  # for the first hello: the other side tries to connect once a second, TLS included
 LOOKS = 4  # walks in a compare_timeout, and signs of life in a service_loss_after
 SIGN_S = 0.5  # seconds between two signs of life at most
 
@@ -73,10 +57,7 @@ class Service:
         self.config, self.notifier, self.clock = config, notifier, clock
         self.hooks = Hooks(config.host.pins, Sizes.of_mtu(config.host.mtu))
         self.pairs: dict[int, Primary | Secondary] = {}
-        self.link: PeerLink | None = None
-        self.heartbeat: Heartbeat | None = None
-        self._farewell: Farewell | None = None
-        self.expiries: list[Expiry] = []
+        self.other: OtherHost | None = None
         self.troubles: dict[str, str] = {}
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._kept = making.KeptConnections(kept, notifier)
@@ -86,7 +67,7 @@ class Service:
         self._metrics: MetricsServer | None = None
         self._feed: Feed | None = None
         self._book: AddressBook | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(lambda error: log.error("a task of the service failed", exc_info=error))
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -100,7 +81,7 @@ class Service:
             await self._load(self.config.pairs)
             self.hooks.open()
         if self.config.peer is not None:
-            self._make_link(self.config.peer)
+            self.other = OtherHost(self.config.host.name, self.config.peer, self, self.control, self.clock)
         self._book = AddressBook(self.control)
         reader = MapReader(self.control)
         comparer, walk = Comparer(reader, self.clock, self._name_of), Walk(self.control, reader, self.clock)
@@ -111,9 +92,9 @@ class Service:
         self.hooks.set_timeouts(self.config.pairs)
         self.watch()
         self._feed.start()
-        if self.link is not None and self.heartbeat is not None:
-            self.link.start()
-            self._must_run(self.heartbeat.run())
+        if self.other is not None:
+            self.other.link.start()
+            self._must_run(self.other.heartbeat.run())
         self._must_run(self._feed.look())
         self._must_run(self._feed.walk(self._walk_period_s))
         self._must_run(self._show_life())
@@ -122,28 +103,26 @@ class Service:
             self._metrics = MetricsServer(page, listen.host, listen.port)
             await self._metrics.start()
         if running:
-            self.spawn(self._load_again())
+            self._tasks.spawn(self._load_again())
 
     async def stop(self, reason: str, again: bool = True) -> None:
         """Lets go of everything; the dataplane goes on as it is.
 
         `again`: the next service comes soon, so the other host is asked to wait for it.
         """
-        if again and self._farewell is not None and self.config.peer is not None:
-            grace_s = self.config.peer.restart_grace_ms // 1000
-            await asyncio.gather(self._farewell.say(), *(pair.rest(grace_s) for pair in self.all()))
+        if again and self.other is not None:
+            grace_s = self.other.restart_grace_s
+            await asyncio.gather(self.other.farewell.say(), *(pair.rest(grace_s) for pair in self.all()))
         await self._socket.stop()
         if self._metrics is not None:
             await self._metrics.stop()
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.end()
         if self._feed is not None:
             self._feed.stop()
         for pair in self.all():
             await pair.stop()
-        if self.link is not None:
-            await self.link.stop(reason)
+        if self.other is not None:
+            await self.other.link.stop(reason)
         for arbiter in self._arbiters.values():
             await arbiter.close()
         self.hooks.close()
@@ -153,6 +132,10 @@ class Service:
     @property
     def control(self) -> Control:
         return self.hooks.control
+
+    @property
+    def link(self) -> PeerLink | None:
+        return self.other.link if self.other is not None else None
 
     def all(self) -> Iterable[Primary | Secondary]:
         """The pairs, by number."""
@@ -174,13 +157,15 @@ class Service:
 
     async def add(self, config: PairConfig) -> None:
         """Serves a pair whose NICs are attached. Raises ColoError."""
-        heartbeat, link = self.heartbeat, self.link
-        assert heartbeat is not None and link is not None, "pairs need a peer: config_checks"
+        other = self.other
+        assert other is not None, "pairs need a peer: config_checks"
         arbiter = await self._arbiter(config.arbiter)
         aliases = Aliases(self.control, config.number, tuple(nic.number for nic in config.nics))
-        outside = Outside(self.control, link.send, heartbeat, arbiter, self.clock, self._announce, aliases)
+        outside = Outside(
+            self.control, other.link.send, other.heartbeat, arbiter, self.clock, self._announce, aliases,
+        )  # fmt: skip
         kind = Primary if config.role is Role.PRIMARY else Secondary
-        pair = kind(config, partial(making.make, config, self.notifier, self.control, link.send), outside)
+        pair = kind(config, partial(making.make, config, self.notifier, self.control, other.link.send), outside)
         self.hooks.exempt(config)
         pair.machine.listeners.append(self._changed)
         self._kept.hand_over(config, pair.engine, self.control.state(config.number))
@@ -197,14 +182,13 @@ class Service:
 
     def watch(self) -> None:
         """Heartbeats for just the pairs that are served."""
-        if self.heartbeat is not None:
-            self.heartbeat.watch(
-                Watch(
-                    pair=p.number, role=p.config.role, leased=p.out.arbiter.leased,
-                    fwds={nic.number: (nic.fwd, nic.vlan) for nic in p.config.nics},
-                )
-                for p in self.all()
-            )  # fmt: skip
+        if self.other is not None:
+            self.other.watch()
+
+    def renew_certificates(self) -> None:
+        """See OtherHost. Raises PkiError."""
+        if self.other is not None:
+            self.other.renew_certificates()
 
     def _changed(self, change: Change) -> None:
         if change.new is not change.old:
@@ -221,7 +205,7 @@ class Service:
 
     def _announce(self, pair: PairConfig) -> None:
         for nic in pair.nics:
-            self.spawn(self._announce_nic(pair, nic))
+            self._tasks.spawn(self._announce_nic(pair, nic))
 
     async def _announce_nic(self, pair: PairConfig, nic: NicConfig) -> None:
         assert self._book is not None
@@ -230,70 +214,6 @@ class Service:
             await announce(vif, nic.mac, partial(self._book.addresses, nic.number))
         except (AnnounceError, OSError) as e:
             say(log, logging.ERROR, "the guest's new place is not announced", pair=pair.name, nic=nic.number, error=e)
-
-    # ---- the other host ----------------------------------------------------------------------------------------------
-
-    def _make_link(self, peer: PeerConfig) -> None:
-        """Raises PkiError or LinkError."""
-        identity = Identity(peer.ca, peer.certificate, peer.key)
-        self.expiries = identity.check(self.config.host.name, time.time())
-        cookie, timeout_ns = secrets.token_bytes(SESSION_BYTES), peer.heartbeat_timeout_ms * MS
-        interval_ns, lease_ns = peer.heartbeat_interval_ms * MS, lease_of(timeout_ns)
-        self.link = PeerLink(
-            self.config.host.name, peer.name, identity, listen=peer.listen, connect=peer.connect, session=cookie,
-            interval_s=interval_ns / 1e9, lease_ns=lease_ns, pairs=lambda: [pair.note() for pair in self.all()],
-            on_message=self._received, on_up=self._link_up, on_down=self._link_down,
-        )  # fmt: skip
-        self.heartbeat = Heartbeat(
-            session=cookie, interval_ns=interval_ns, timeout_ns=timeout_ns, lease_ns=lease_ns, clock=self.clock,
-            send=self.link.send, fwd_beats=self.control.fwd_beats, grace_ns=GRACE_NS,
-            reports=Reports(
-                lost=lambda number: self.pairs[number].peer_lost(),
-                back=lambda number: self.pairs[number].peer_back(),
-                lease=self._leave, expect=self.control.expect_beats,
-            ),
-        )  # fmt: skip
-
-        self._farewell = Farewell(self.heartbeat, self.link.send, peer.restart_grace_ms, self.clock)
-
-    def renew_certificates(self) -> None:
-        """Takes the link's files anew, for connections from here on. Raises PkiError, and keeps the old ones."""
-        if self.link is not None:
-            self.expiries = self.link.identity.check(self.config.host.name, time.time())
-            self.link.reload_certificates()
-
-    def _leave(self, number: int, deadline_ns: int) -> None:
-        pair = self.pairs[number]
-        if isinstance(pair, Primary):
-            pair.lease(deadline_ns)
-
-    def _link_up(self, hello: Hello) -> None:
-        if self.heartbeat is not None:
-            self.heartbeat.peer_up(hello)
-        notes = {note.number: note for note in hello.pairs}
-        for pair in self.all():
-            pair.link_up(notes.get(pair.number))
-
-    def _link_down(self, _reason: str) -> None:
-        for pair in self.all():
-            pair.link_down()
-
-    def _received(self, message: Message) -> None:
-        match message:
-            case Beat():
-                if self.heartbeat is not None:
-                    self.heartbeat.received(message)
-            case Restarting() | Patience() | Settled():
-                if self._farewell is not None:
-                    self._farewell.received(message)
-            case Bye():
-                say(log, logging.WARNING, "the other host's service ends", reason=message.reason)
-            case Hello():
-                raise AssertionError("the link keeps hellos to itself")
-            case _:
-                pair = self.pairs.get(message.pair)
-                if pair is not None:
-                    pair.received(message)
 
     # ---- tasks -------------------------------------------------------------------------------------------------------
 
@@ -325,21 +245,9 @@ class Service:
         timeouts = [pair.config.compare_timeout_ms for pair in self.pairs.values()]
         return min(timeouts, default=1000) / LOOKS / 1000
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that ends with the service at the latest."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a task of the service failed", exc_info=error)
-
     def _must_run(self, work: Coroutine[Any, Any, None]) -> None:
         def fail(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and not self.ended.done():
                 self.ended.set_exception(ServiceError("a part of the service has failed, see the log above"))
 
-        self.spawn(work).add_done_callback(fail)
+        self._tasks.spawn(work).add_done_callback(fail)

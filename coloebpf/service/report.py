@@ -47,21 +47,22 @@ class Reporter:
     def status(self) -> Status:
         """See StatusSource."""
         world, now = self.world, self.clock()
-        paths = world.heartbeat.status() if world.heartbeat else []
+        paths = world.other.heartbeat.status() if world.other else []
         status = Status(
             host=world.config.host.name, version=__version__, time=self.wall(), uptime_ms=_ms(now - self._started_ns),
             peer=self._peer(paths), paths=paths, pairs=[self._pair(pair, now) for pair in world.all()],
             certificates=[
-                CertificateStatus(name=one.name, file=str(one.file), expires=one.at) for one in world.expiries
+                CertificateStatus(name=one.name, file=str(one.file), expires=one.at)
+                for one in (world.other.expiries if world.other else ())
             ],
         )  # fmt: skip
         status.warnings = [*world.troubles.values(), *concerns(status)]
         return status
 
     def _peer(self, paths: list[PathStatus]) -> PeerStatus | None:
-        link, heartbeat = self.world.link, self.world.heartbeat
-        if link is None or heartbeat is None:
+        if self.world.other is None:
             return None
+        link, heartbeat = self.world.other.link, self.world.other.heartbeat
         return PeerStatus(
             name=link.peer, connected=link.connected, refused=dict(link.refused.counts),
             seen_ago_ms=next((path.seen_ago_ms for path in paths if path.name == "management"), None),
