@@ -15,16 +15,17 @@ import logging
 import random
 import socket
 import ssl
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from coloebpf.errors import LinkError, MessageError
 from coloebpf.service.log import say
 from coloebpf.service.peer import messages
 from coloebpf.service.peer.messages import Hello, Message, PairNote
 from coloebpf.service.peer.pki import Identity, check_name, names_of
-from coloebpf.service.peer.refusals import Refusals
+from coloebpf.service.peer.refusals import Refusals, kind_of
 from coloebpf.service.peer.session import Session
+from coloebpf.service.tasks import Tasks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -78,7 +79,7 @@ class PeerLink:
         self._session: Session | None = None
         self._tries = 0
         self._half_open = {True: 0, False: 0}  # from the peer's address or not -> how many
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(lambda error: log.error("a task of the link failed", exc_info=error))
         self._socket: socket.socket | None = None
         self._context = self._new_context()
 
@@ -101,7 +102,7 @@ class PeerLink:
     def start(self) -> None:
         """Begins to listen or to connect, on the running loop. Raises LinkError if the address can't be listened on."""
         if self.connects:
-            self._spawn(self._connect_forever())
+            self._tasks.spawn(self._connect_forever())
             return
         family = socket.AF_INET6 if ":" in self._listen[0] else socket.AF_INET
         listening = socket.socket(family, socket.SOCK_STREAM)
@@ -114,7 +115,7 @@ class PeerLink:
             raise LinkError(f"can't listen on {self._listen[0]}:{self._listen[1]}: {e.strerror}") from e
         listening.setblocking(False)
         self._socket = listening
-        self._spawn(self._accept_forever(listening))
+        self._tasks.spawn(self._accept_forever(listening))
 
     def send(self, message: Message) -> bool:
         """Sends, in order; False if there is no session, or this one has just ended because nobody reads there."""
@@ -139,24 +140,12 @@ class PeerLink:
             await session.end()
         if self._socket is not None:
             self._socket.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.end()
 
     # ---- connections -----------------------------------------------------------------------------------------------
 
     def _new_context(self) -> ssl.SSLContext:
         return self.identity.client_context() if self.connects else self.identity.server_context()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a task of the link failed", exc_info=task.exception())
 
     async def _accept_forever(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -173,7 +162,7 @@ class PeerLink:
                 self.refused.note("surplus", source[0], f"{HALF_OPEN} connections have not said hello yet")
                 continue
             self._half_open[known] += 1
-            self._spawn(self._serve(connection, source[0], known))
+            self._tasks.spawn(self._serve(connection, source[0], known))
 
     async def _serve(self, connection: socket.socket, source: str, known: bool) -> None:
         try:
@@ -212,7 +201,7 @@ class PeerLink:
         except MessageError as e:
             self.refused.note(e.kind, source, str(e))
         except ssl.SSLError as e:
-            self.refused.note(_tls_kind(e), source, str(e))
+            self.refused.note(kind_of(e), source, str(e))
         except (OSError, asyncio.IncompleteReadError) as e:  # TimeoutError is an OSError
             if isinstance(e, TimeoutError) and (sock or session):
                 self.refused.note("timeout", source, "no hello in time" if session else "no TLS in time")
@@ -307,12 +296,3 @@ class PeerLink:
 def opens(name: str, peer: str) -> bool:
     """Of the two hosts' names: the one that connects; the other one listens."""
     return name < peer
-
-
-def _tls_kind(error: ssl.SSLError) -> str:
-    """What a failed handshake counts as. An alert is the other side's word, and what it says is that ours won't do."""
-    reason = error.reason or ""
-    if reason in ("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION"):
-        return "version"
-    about_certificates = "CERTIFICATE" in reason or "ALERT" in reason or isinstance(error, ssl.SSLCertVerificationError)
-    return "certificate" if about_certificates else "malformed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import time
 from collections.abc import Callable
 
@@ -32,3 +33,12 @@ class Refusals:
         unsaid, self._unsaid[kind] = self._unsaid[kind], 0
         more = unsaid or None
         say(self._log, logging.WARNING, "refused", kind=kind, source=source, detail=detail, unsaid_before=more)
+
+
+def kind_of(error: ssl.SSLError) -> str:
+    """What a failed handshake counts as. An alert is the other side's word, and what it says is that ours won't do."""
+    reason = error.reason or ""
+    if reason in ("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION"):
+        return "version"
+    about_certificates = "CERTIFICATE" in reason or "ALERT" in reason or isinstance(error, ssl.SSLCertVerificationError)
+    return "certificate" if about_certificates else "malformed"
