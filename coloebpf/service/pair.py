@@ -12,15 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-from coloebpf.errors import ArbiterError, ColoError, PairError
+from coloebpf.errors import ColoError, PairError
 from coloebpf.model import Role, State
-from coloebpf.service.arbiters.base import Grant, Refusal, keep
+from coloebpf.service.arbiters.base import Grant
 from coloebpf.service.config import PairConfig
 from coloebpf.service.engine import Emit, Engine, EngineEvent, Talking
 from coloebpf.service.log import say
 from coloebpf.service.machine import REPLICATED, TRANSITIONS, Machine, Trigger
 from coloebpf.service.outside import Outside
 from coloebpf.service.peer.messages import EngineWord, Message, PairNote, StateNote
+from coloebpf.service.right import Right
+from coloebpf.service.tasks import Tasks
 
 log = logging.getLogger("coloebpf.pair")
 
@@ -50,10 +52,8 @@ class Supervisor(ABC):
         self._aliases_after_ns = 0
         self._ending_aliases: Iterator[None] | None = None  # a look under way
         self.peer_state: State | None = None
-        self._asking: asyncio.Task[None] | None = None
-        self._unanswered = False  # the arbiter has not said anything yet
-        self._keeping: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.right = Right(self)
+        self._tasks = Tasks(self._task_failed)
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -76,8 +76,8 @@ class Supervisor(ABC):
         self.state_reason = "as it was before the service's start"
         self.tick()
         self.say(logging.INFO, "pair is served", role=self.config.role.name.lower(), state=kept.name.lower())
-        if kept in (State.PASSTHROUGH, State.PROMOTED) and self.out.arbiter.leased:
-            self._keeping = self.spawn(self._take_up())
+        if kept in (State.PASSTHROUGH, State.PROMOTED):
+            self.right.take_up()
         self.resume()
         await self.engine.start()
 
@@ -87,10 +87,12 @@ class Supervisor(ABC):
 
     async def stop(self) -> None:
         """Lets go; the dataplane goes on as it is."""
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.end()
         await self.engine.stop()
+
+    async def rest(self, seconds: int) -> None:
+        """This service ends, and the next one comes in `seconds` at most: a right that is to be renewed has to last."""
+        await self.right.rest(seconds)
 
     def tick(self) -> None:
         """To be called several times in `service_loss_after_ms`: the programs see that the service lives."""
@@ -153,11 +155,11 @@ class Supervisor(ABC):
         """The heartbeats of neither path come any more."""
         self.go(Trigger.PEER_LOST, "no heartbeat on any path")
         if self.machine.alone_pending:
-            self.ask()
+            self.right.ask()
 
     def peer_back(self) -> None:
         """They come again. A question to the arbiter is not taken back: its answer counts."""
-        if self._asking is None:
+        if not self.right.asked:
             self.go(Trigger.PEER_BACK, "heartbeats come again")
 
     # ---- states ----------------------------------------------------------------------------------------------------
@@ -186,8 +188,8 @@ class Supervisor(ABC):
         )
         if change.new is not change.old and not (change.old in REPLICATED and change.new in REPLICATED):
             self.told = self.tell_state()
-        if self._unanswered and not self.machine.alone_pending:
-            self.stop_asking()  # its answer could only do harm: it may turn off a host that is well
+        if not self.machine.alone_pending:
+            self.right.not_wanted()
         if change.old is State.SYNCING and change.new in REPLICATED and self.out.witness.is_lost(self.number):
             self.peer_lost()  # which was told when nobody was waiting for it, and is told once
         return True
@@ -201,78 +203,9 @@ class Supervisor(ABC):
         self.deadline_ns = deadline_ns
         self.out.control.set_deadline(self.number, deadline_ns)
 
-    # ---- going on alone --------------------------------------------------------------------------------------------
-
-    def ask(self) -> None:
-        """Asks the arbiter, once."""
-        if self._asking is None:
-            self._asking = self.spawn(self._ask())
-
-    async def _ask(self) -> None:
-        self.say(logging.WARNING, "asking the arbiter for the right to go on alone", arbiter=self.out.arbiter.name)
-        try:
-            self._unanswered = True
-            try:
-                answer = await self.out.arbiter.acquire(self.config)
-            finally:
-                self._unanswered = False
-            if isinstance(answer, Grant):
-                await self.take_over(answer, f"arbiter {self.out.arbiter.name} says yes")
-            else:
-                self.go(Trigger.REFUSED, answer.reason)
-        finally:
-            if self._asking is asyncio.current_task():
-                self._asking = None
-
-    def stop_asking(self) -> None:
-        """An operator knows better, or nobody waits for the answer any more."""
-        if self._asking is not None:
-            self._asking.cancel()
-            self._asking, self._unanswered = None, False
-
     @abstractmethod
     async def take_over(self, grant: Grant, reason: str) -> None:
         """This host goes on alone, if it still waits for that."""
-
-    def hold_right(self, grant: Grant) -> None:
-        """Keeps what was granted for as long as the arbiter lets it."""
-        self.let_right_go()
-        if grant.deadline_ns is not None:
-            self._keeping = self.spawn(self._keep(grant))
-
-    def let_right_go(self) -> None:
-        """No more renewals."""
-        if self._keeping is not None:
-            self._keeping.cancel()
-            self._keeping = None
-
-    async def _keep(self, grant: Grant) -> None:
-        refusal = await keep(self.out.arbiter, self.config, grant, self.out.clock, self.set_deadline)
-        self._keeping = None
-        self.go(Trigger.LEASE_LOST, refusal.reason)
-
-    async def rest(self, seconds: int) -> None:
-        """This service ends, and the next one comes in `seconds` at most: a right that is to be renewed has to last."""
-        if self._keeping is None:
-            return
-        self.let_right_go()
-        try:
-            answer = await self.out.arbiter.renew(self.config, seconds)
-        except ArbiterError as e:
-            self.say(logging.WARNING, "the right to speak could not be made to last for a restart", error=e)
-            return
-        if isinstance(answer, Grant) and answer.deadline_ns is not None:
-            self.set_deadline(answer.deadline_ns)
-
-    async def _take_up(self) -> None:
-        """After a restart: the right that this host had may still be its own."""
-        answer = await self.out.arbiter.acquire(self.config)
-        if isinstance(answer, Refusal):
-            self._keeping = None
-            self.go(Trigger.LEASE_LOST, answer.reason)
-        elif answer.deadline_ns is not None:
-            self.set_deadline(answer.deadline_ns)
-            await self._keep(answer)
 
     # ---- operators -------------------------------------------------------------------------------------------------
 
@@ -305,15 +238,10 @@ class Supervisor(ABC):
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is not forgotten, and whose failure is told."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
+        return self._tasks.spawn(work)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            if isinstance(error, ColoError):
-                self.say(logging.ERROR, "could not be done", error=error)
-            else:
-                log.error("a task of pair %s failed", self.config.name, exc_info=error)
+    def _task_failed(self, error: BaseException) -> None:
+        if isinstance(error, ColoError):
+            self.say(logging.ERROR, "could not be done", error=error)
+        else:
+            log.error("a task of pair %s failed", self.config.name, exc_info=error)

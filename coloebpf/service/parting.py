@@ -134,7 +134,7 @@ class Parting(Supervisor):
         if await self.dismiss():
             await self._certainly_alone(reason)
         elif self.machine.alone_pending:
-            self.ask()
+            self.right.ask()
 
     def peer_back(self) -> None:
         """See Supervisor."""
@@ -142,7 +142,7 @@ class Parting(Supervisor):
         self.consider()
 
     async def _certainly_alone(self, reason: str) -> None:
-        if self._asking is not None:
+        if self.right.asked:
             return
         self.go(Trigger.PEER_LOST, reason)
         await self.take_over(Grant(), reason)
@@ -155,7 +155,7 @@ class Parting(Supervisor):
         self.set_deadline(grant.deadline_ns or 0)
         self.go(Trigger.GRANTED, reason)
         self.out.control.kick()
-        self.hold_right(grant)
+        self.right.hold(grant)
         self.say(logging.WARNING, "the guest goes on without protection", reason=reason)
         try:
             await self.engine.failover()

@@ -47,7 +47,7 @@ class Protecting(Parting):
 
     async def _record(self) -> None:
         try:
-            self.let_right_go()
+            self.right.let_go()
             self._handed = True
             self.set_deadline(0)  # the secondary is no replica: nobody else can speak for the guest
             if number := await self._handing.run():
@@ -91,7 +91,7 @@ class Protecting(Parting):
             self.out.control.kick()
             self.out.control.set_state(self.number, State.UNPROTECTED)
 
-        self.let_right_go()
+        self.right.let_go()
         self.set_deadline(0)
         self.go(Trigger.UNPROTECT, reason, release)
 
@@ -101,7 +101,7 @@ class Protecting(Parting):
         While the secondary is lost it is an operator's word that its host is gone.
         """
         if self.machine.alone_pending:
-            self.stop_asking()
+            self.right.stop_asking()
             await self.take_over(Grant(), "an operator says that the secondary's host is gone")
             return
         if self.machine.state is State.HALTED and self.peer_state is None and not self.out.arbiter.leased:

@@ -130,14 +130,14 @@ class Secondary(Supervisor):
         if not self.machine.alone_pending:
             return
         if self.out.arbiter.promotes:
-            self.ask()
+            self.right.ask()
         else:
             self.say(logging.ERROR, "the primary is lost, and there is no arbiter: an operator must say `failover`")
 
     def _offered(self) -> None:
         self.go(Trigger.PEER_LOST, "the primary has given up its right to speak")
         if self.out.arbiter.leased:  # it has to know who is alone; fencing would end a host that is well
-            self.ask()
+            self.right.ask()
         else:
             self.spawn(self.take_over(Grant(), "the primary has given up its right to speak"))
 
@@ -174,7 +174,7 @@ class Secondary(Supervisor):
             return
         self.set_deadline(grant.deadline_ns or 0)
         self.go(Trigger.GRANTED, reason)
-        self.hold_right(grant)
+        self.right.hold(grant)
         self.out.announce(self.config)
 
     # ---- operators -------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class Secondary(Supervisor):
         self.need(
             Trigger.UNPROTECT, "the SVM is the guest" if self.machine.state is State.PROMOTED else "there is none"
         )
-        if self._asking is not None:
+        if self.right.asked:
             raise PairError(f"pair {self.config.name}: the arbiter is being asked")
         self.go(Trigger.UNPROTECT, "asked for by an operator")
 
@@ -205,7 +205,7 @@ class Secondary(Supervisor):
                 )
             self.go(Trigger.PEER_LOST, "an operator says that the primary is gone")
             if self.out.arbiter.promotes:
-                self.ask()
+                self.right.ask()
                 return
-        self.stop_asking()
+        self.right.stop_asking()
         await self.take_over(Grant(), "an operator says that the primary is gone")
