@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from coloebpf.service.heartbeat import Heartbeat
 from coloebpf.service.log import say
@@ -54,9 +54,12 @@ class Farewell:
     def ask(self) -> bool:
         """False if there is nobody to be asked."""
         self._asked_ns = self._clock()
-        return bool(self._grace_ms) and self._send(
-            Restarting(self._grace_ms, *self._heartbeat.leave(self._grace_ms * MS))
-        )
+        if not self._grace_ms:
+            return False
+        self._heartbeat.leaves.end_session()
+        echo, granted = self._heartbeat.promises()
+        self._promise(granted, self._grace_ms * MS)
+        return self._send(Restarting(self._grace_ms, echo, granted))
 
     def received(self, message: Restarting | Patience | Settled) -> None:
         """What the other side says of it."""
@@ -64,11 +67,30 @@ class Farewell:
             case Restarting():
                 ms = min(message.ms, self._grace_ms)
                 say(log, logging.WARNING, "the other host's service restarts", patience_ms=ms)
-                self._send(Patience(ms, self._heartbeat.bear(ms * MS, message.echo, message.granted)))
+                self._send(Patience(ms, self._bear(ms * MS, message.echo, message.granted)))
             case Patience():
                 if self._asked_ns and not self._answered.is_set():
                     self._ms = min(message.ms, self._grace_ms)
-                    self._heartbeat.borne(message.granted, self._asked_ns + self._ms * MS)
+                    self._heartbeat.leaves.granted_longer(message.granted, self._asked_ns + self._ms * MS)
                     self._answered.set()
             case Settled() if not self._asked_ns:  # else it was sent before the other side knew of the longer grant
                 self._heartbeat.granter.settle(message.pair)
+
+    def _bear(self, length_ns: int, echo: int, granted: Iterable[int]) -> tuple[int, ...]:
+        """The peer's service will be silent for so long. Returns the pairs that it may speak for meanwhile.
+
+        It lets us speak for the pairs `granted`, from the sending of our beat `echo` on.
+        """
+        beats = self._heartbeat
+        beats.bear_until_ns = self._clock() + length_ns
+        promised = beats.granted
+        self._promise(promised, length_ns)
+        sent = beats.speaker.sent_at_ns(echo)
+        if sent is not None:
+            beats.leaves.granted_longer(granted, sent + length_ns)
+        return promised
+
+    def _promise(self, pairs: Iterable[int], length_ns: int) -> None:
+        """Before that is sent."""
+        for pair in pairs:
+            self._heartbeat.granter.promise_grace(pair, self._clock(), length_ns)

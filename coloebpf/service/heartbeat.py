@@ -18,6 +18,7 @@ from coloebpf.model import FwdBeat, Role
 from coloebpf.service.beat_frames import FwdSender
 from coloebpf.service.log import say
 from coloebpf.service.paths import NEVER_NS, Paths, Watch, verdict
+from coloebpf.service.peer.leaves import Leaves
 from coloebpf.service.peer.messages import Beat, Hello, Settled
 from coloebpf.service.peer.witness import NS_PER_MS, Granter, Speaker, newer
 from coloebpf.service.status import PathStatus
@@ -89,9 +90,8 @@ class Heartbeat:
         self._grace = bool(grace_ns)
         self._passed_over = False
         self._fwd_numbers: dict[int, int] = {}  # NIC -> the newest of the peer's present session
-        self._deadlines: dict[int, int | None] = {}  # leased pair -> the last that was reported
-        self._unsettled: set[int] = set()  # of these, whose deadline may be by a grant of before this session
-        self._bear_until_ns = 0  # a planned restart of the peer's service is to be over by then
+        self.leaves = Leaves(self.speaker, reports.lease, send)
+        self.bear_until_ns = 0  # a planned restart of the peer's service is to be over by then: farewell.py
 
     # ---- for the owner ---------------------------------------------------------------------------------------------
 
@@ -109,8 +109,7 @@ class Heartbeat:
             self._lost.discard(pair)
             self.set_granting(pair, False)
         leased = [w.pair for w in self._watches.values() if w.leased and w.role is Role.PRIMARY]
-        self._deadlines = {pair: self._deadlines.get(pair) for pair in leased}
-        self._unsettled = {pair for pair in leased if pair in self._unsettled or pair not in before}
+        self.leaves.need(leased, before)
         if self._watches.keys() - before.keys():
             self._judge_from_ns = max(self._judge_from_ns, self._clock() + self.timeout_ns)
 
@@ -120,7 +119,7 @@ class Heartbeat:
 
     def is_lost(self, pair: int) -> bool:
         """That was told, and is still so."""
-        watch, now, deadline = self._watches.get(pair), self._clock(), self._deadlines.get(pair)
+        watch, now, deadline = self._watches.get(pair), self._clock(), self.leaves.deadline_ns(pair)
         if watch is None or pair not in self._lost:
             return False
         last_ns = max(self.last_mgmt_ns, self._last_fwd(watch))
@@ -155,8 +154,8 @@ class Heartbeat:
             self._peer_cookie, self._heard, self._heard_ns = cookie, 0, NEVER_NS
             self._fwd_numbers.clear()
             self._reports.expect(cookie)
-            self._unsettled = set(self._deadlines)
-            self._bear_until_ns = 0
+            self.leaves.begin_session()
+            self.bear_until_ns = 0
             self._judge_from_ns = max(self._judge_from_ns, self._clock() + self.timeout_ns)
         # Each side counts with the shorter of the two leases where it speaks, and with its own where it is silent.
         self.speaker.lease_ns = min(self.granter.lease_ns, hello.lease_ns)
@@ -171,54 +170,23 @@ class Heartbeat:
         if sent is not None:
             self.rtt_ns = max(0, now - sent - beat.echo_age_ns)
         for pair in beat.granted:
-            self._granted(pair, beat.echo)
-
-    # ---- planned restarts: farewell.py -----------------------------------------------------------------------------
+            self.leaves.granted(pair, beat.echo)
 
     @property
     def bears_for_ns(self) -> int:
         """How much longer the peer's silence means nothing, because it restarts; 0: it does mean something."""
-        return max(0, self._bear_until_ns - self._clock())
+        return max(0, self.bear_until_ns - self._clock())
+
+    @property
+    def granted(self) -> tuple[int, ...]:
+        """The pairs that the peer may speak for."""
+        return tuple(sorted(self.granter.pairs & self._watches.keys()))
 
     def promises(self) -> tuple[int, tuple[int, ...]]:
         """The peer's newest beat (0: none of late), and the pairs that it may speak for by an answer to it."""
         if not self._heard or self._clock() - self._heard_ns >= self.granter.lease_ns:
             return 0, ()
-        return self._heard, tuple(sorted(self.granter.pairs & self._watches.keys()))
-
-    def leave(self, length_ns: int) -> tuple[int, tuple[int, ...]]:
-        """promises(), for as long as this service will be silent. Call it before sending.
-
-        From here on nothing is taken back: a `settled` would make the other side forget what it is about to grant.
-        """
-        self._unsettled.clear()
-        echo, granted = self.promises()
-        for pair in granted:
-            self.granter.promise_grace(pair, self._clock(), length_ns)
-        return echo, granted
-
-    def bear(self, length_ns: int, echo: int, granted: Iterable[int]) -> tuple[int, ...]:
-        """The peer's service will be silent for so long. Returns the pairs that it may speak for meanwhile.
-
-        It lets us speak for the pairs `granted`, from the sending of our beat `echo` on.
-        """
-        now = self._clock()
-        self._bear_until_ns = now + length_ns
-        promised = tuple(sorted(self.granter.pairs & self._watches.keys()))
-        for pair in promised:
-            self.granter.promise_grace(pair, now, length_ns)
-        sent = self.speaker.sent_at_ns(echo)
-        if sent is not None:
-            self.borne(granted, sent + length_ns)
-        return promised
-
-    def borne(self, pairs: Iterable[int], deadline_ns: int) -> None:
-        """A grant of the peer's that is longer than a beat's."""
-        for pair in pairs:
-            if pair in self._deadlines and deadline_ns > (self._deadlines[pair] or 0):
-                self._unsettled.discard(pair)
-                self._deadlines[pair] = deadline_ns
-                self._reports.lease(pair, deadline_ns)
+        return self._heard, self.granted
 
     async def run(self) -> None:
         """Beats, until it is cancelled. What it raises is the end of the service: nobody would be heard any more."""
@@ -268,22 +236,11 @@ class Heartbeat:
             # Heard now, not at last_ns: that may be of the beat before, if the program was writing while we read.
             self._hear(beat.number, now)
             if beat.echo:
-                self._granted(watch.pair, beat.echo)
+                self.leaves.granted(watch.pair, beat.echo)
 
     def _hear(self, number: int, at_ns: int) -> None:
         if not self._heard or newer(number, self._heard):
             self._heard, self._heard_ns = number, at_ns
-
-    def _granted(self, pair: int, echo: int) -> None:
-        deadline = self.speaker.deadline_ns(echo)
-        if pair not in self._deadlines or deadline is None:
-            return
-        unsettled = pair in self._unsettled
-        if unsettled or deadline > (self._deadlines[pair] or 0):  # two paths bring each grant twice
-            self._deadlines[pair] = deadline
-            self._reports.lease(pair, deadline)
-        if unsettled and self._send(Settled(pair)):
-            self._unsettled.discard(pair)
 
     def _judge(self, now: int) -> None:
         last_fwd = {pair: self._last_fwd(watch) for pair, watch in self._watches.items()}
@@ -294,7 +251,7 @@ class Heartbeat:
         for pair, alive in paths.fwd.items():
             self._warn("forward", before.fwd.get(pair, False), alive, pair)
         for pair, watch in self._watches.items():
-            deadline = self._deadlines.get(pair)
+            deadline = self.leaves.deadline_ns(pair)
             silenced = deadline is not None and deadline < now
             if pair not in paths.lost and not silenced:
                 if pair in self._lost:
@@ -315,8 +272,8 @@ class Heartbeat:
         """When the arbiter is asked: a primary at once, a secondary later, so that a living primary is first."""
         if watch.role is Role.PRIMARY:  # before its right to speak ends
             early = self.granter.lease_ns - self.timeout_ns
-            return max(last_ns + self.timeout_ns, self._bear_until_ns - early)
-        return max(last_ns + self.granter.lease_ns, self._bear_until_ns)
+            return max(last_ns + self.timeout_ns, self.bear_until_ns - early)
+        return max(last_ns + self.granter.lease_ns, self.bear_until_ns)
 
     def _last_fwd(self, watch: Watch) -> int:
         return max((self.last_fwd_ns.get(nic, NEVER_NS) for nic in watch.fwds), default=NEVER_NS)
@@ -333,7 +290,7 @@ class Heartbeat:
         age = max(0, now - self._heard_ns)  # heard since the tick began, perhaps
         # An answer that comes too late to renew anything is none: the peer's service may be another one by now.
         echo = self._heard if self._heard and age < self.granter.lease_ns else 0
-        granted = tuple(sorted(self.granter.pairs & self._watches.keys())) if echo else ()
+        granted = self.granted if echo else ()
         for pair in granted:
             self.granter.promise(pair, self._heard_ns)
         self._send(Beat(self._number, echo, age if echo else 0, granted))

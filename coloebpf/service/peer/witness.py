@@ -15,7 +15,7 @@ as long as it likes. So on the secondary's clock the primary is silent from s + 
 deadline and that are still in the bridge or the NIC (IN_FLIGHT). The secondary promotes itself no sooner than safe_at,
 counted from the last beat that it has answered with a grant. When it asks the arbiter it stops granting first. A
 service that has just started knows nothing of its predecessor's grants. It counts GRACE_MAX from its start, until the
-primary says `settled`: its deadline is by a beat of this service's own (Heartbeat._granted).
+primary says `settled`: its deadline is by a beat of this service's own (Leaves.granted).
 
 The deadline is in the pair's map entry, and the programs compare it with the clock for each packet. A host that was
 frozen finds it passed, no process of its has to run first. What this does not cover is a clock that stands still: a
