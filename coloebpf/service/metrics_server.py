@@ -17,7 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
 from coloebpf.errors import ColoError, ServiceError
-from coloebpf.service import metrics
+from coloebpf.service import metrics, metrics_dataplane
 from coloebpf.service.log import say
 from coloebpf.service.status import Status
 
@@ -47,7 +47,7 @@ class Page:
     def __init__(
         self,
         status: Callable[[], Status],
-        snapshot: Callable[[], metrics.Snapshot],
+        snapshot: Callable[[], metrics_dataplane.Snapshot],
         clock: Callable[[], float],
         fresh_s: float = FRESH_S,
     ) -> None:
@@ -75,7 +75,7 @@ class Page:
         registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=registry)
         try:
-            snapshot: metrics.Snapshot | None = self._snapshot()
+            snapshot: metrics_dataplane.Snapshot | None = self._snapshot()
         except (ColoError, OSError) as error:
             say(log, logging.WARNING, "the dataplane can't be read for /metrics", error=error)
             snapshot = None

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from coloebpf.errors import BpfError, ServiceError
 from coloebpf.model import DROPS, REASONS, State
-from coloebpf.service import metrics, metrics_server
+from coloebpf.service import metrics, metrics_dataplane, metrics_server
 from coloebpf.service.metrics_server import MetricsServer, Page
 from coloebpf.service.status import Status
 from tests.service import samples
@@ -122,7 +122,7 @@ NIC = samples.snapshot()["nics"][0]
         ("unknown_link_frames_total", {}, 17),
         *(("divergences_total", {**WEB, "reason": name}, 100 + i) for i, name in enumerate(REASONS)),
         *(("dropped_packets_total", {**WEB, "reason": name}, 200 + i) for i, name in enumerate(DROPS)),
-        *((f"{name}_total", WEB, NIC[key]) for name, _, key in metrics.PLAIN),
+        *((f"{name}_total", WEB, NIC[key]) for name, _, key in metrics_dataplane.PLAIN),
     ],
 )  # fmt: skip
 def test_a_value(page: Samples, name: str, labels: dict[str, str], expected: float) -> None:
