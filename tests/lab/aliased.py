@@ -31,6 +31,12 @@ class AliasedWire(Wire):
         self.aliases = Aliases(self.control["primary"], PAIR, tuple(nic.nic for nic in self.nics))
         self._known: set[str] = set()
 
+    def close(self) -> None:
+        """See Wire."""
+        for _ in self.aliases.clear():
+            pass
+        super().close()
+
     def push(self, node: str, frame: bytes, device: str = "eth0") -> None:
         """See Wire."""
         self._know(frame, output=node != "client")

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,15 +149,19 @@ def bare_lab() -> Iterator[Lab]:
         yield make(guests="none")
 
 
+def begin(wire: Wire) -> None:
+    """As new, and the switch knows where the guest is."""
+    wire.reset()
+    wire.pvm(Talk(wire).tcp(1))
+    wire.clean()
+
+
 @pytest.fixture(scope="module")
 def wire(bare_lab: Lab) -> Iterator[Wire]:
     """The ports of the bare lab, as new for each module."""
-    wire = Wire(bare_lab.plan)
-    wire.reset()
-    wire.pvm(Talk(wire).tcp(1))  # the switch learns where the guest is
-    wire.clean()
-    yield wire
-    wire.close()
+    with closing(Wire(bare_lab.plan)) as wire:
+        begin(wire)
+        yield wire
 
 
 @pytest.fixture(params=KINDS)

@@ -118,44 +118,43 @@ class Fault:
         return not (self.deaf and moment == "one checkpoint after the other")
 
 
-def killed_for_a_moment(host: str) -> Fault:
-    def strike(lab: ServiceLab, dice: Random) -> None:
-        lab.kill(host)
-        time.sleep(dice.uniform(0, BRIEF_S))
-        lab.start(host)
+def for_a_moment(begin: Callable[[ServiceLab], object], end: Callable[[ServiceLab], object]) -> Act:
+    """What begins, and ends soon."""
 
+    def strike(lab: ServiceLab, dice: Random) -> None:
+        begin(lab)
+        time.sleep(dice.uniform(0, BRIEF_S))
+        end(lab)
+
+    return strike
+
+
+def killed_for_a_moment(host: str) -> Fault:
+    strike = for_a_moment(lambda lab: lab.kill(host), lambda lab: lab.start(host))
     return Fault("a service is killed and comes back", (BOTH,), strike, brief=True)
 
 
 def frozen_for_a_moment(host: str) -> Fault:
-    def strike(lab: ServiceLab, dice: Random) -> None:
-        lab.kill(host, signal.SIGSTOP)
-        time.sleep(dice.uniform(0, BRIEF_S))
-        lab.kill(host, signal.SIGCONT)
-
+    strike = for_a_moment(lambda lab: lab.kill(host, signal.SIGSTOP), lambda lab: lab.kill(host, signal.SIGCONT))
     return Fault("a service is frozen for a moment", (BOTH,), strike, brief=True)
 
 
 def guest_frozen_for_a_moment(guest: str) -> Fault:
     """What it has to say comes late. Frozen, the replica's kernel refuses ACKs of what it has not said itself."""
-
-    def strike(lab: ServiceLab, dice: Random) -> None:
-        lab.signal_guest(guest, signal.SIGSTOP)
-        time.sleep(dice.uniform(0, BRIEF_S))
-        lab.signal_guest(guest, signal.SIGCONT)
-
+    strike = for_a_moment(
+        lambda lab: lab.signal_guest(guest, signal.SIGSTOP), lambda lab: lab.signal_guest(guest, signal.SIGCONT)
+    )
     return Fault("a guest is frozen for a moment", (BOTH,), strike, brief=True, deaf=guest == "svm")
 
 
 def cut_for_a_moment(*ends: tuple[str, str]) -> Fault:
     """(host, device): what the host sends there is lost."""
 
-    def strike(lab: ServiceLab, dice: Random) -> None:
+    def cut(lab: ServiceLab) -> None:
         for host, device in ends:
             lab.mute(host, device)
-        time.sleep(dice.uniform(0, BRIEF_S))
-        lab.mend()
 
+    strike = for_a_moment(cut, lambda lab: lab.mend())
     return Fault("a link is cut for a moment", (BOTH,), strike, brief=True, deaf=("primary", FWD) in ends)
 
 

@@ -7,6 +7,7 @@ answered and flushed has the guest's numbers, whatever reaches the client has th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -14,7 +15,7 @@ from coloebpf.lab.plan import PAIR
 from coloebpf.model import State
 from tests.lab import test_checkpoints, test_compare_acks, test_compare_again, test_gso, test_states
 from tests.lab.aliased import DELTA, TICKS, AliasedWire
-from tests.lab.conftest import Lab
+from tests.lab.conftest import Lab, begin
 from tests.lab.heard import Heard, same_frames
 from tests.lab.talk import M32, Talk
 
@@ -59,14 +60,9 @@ SOFT = [("NOP", None), ("NOP", None)]
 @pytest.fixture(scope="module")
 def wire(bare_lab: Lab) -> Iterator[AliasedWire]:
     """The bare lab, every connection of which is an older guest's."""
-    wire = AliasedWire(bare_lab.plan)
-    wire.reset()
-    wire.pvm(Talk(wire).tcp(1))  # the switch learns where the guest is
-    wire.clean()
-    yield wire
-    for _ in wire.aliases.clear():
-        pass
-    wire.close()
+    with closing(AliasedWire(bare_lab.plan)) as wire:
+        begin(wire)
+        yield wire
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from coloebpf.service.arbiters.base import Arbiter, Grant, Protected, Refusal
 from coloebpf.service.comparer import Finding
 from coloebpf.service.config import PairConfig
 from coloebpf.service.engine import Emit, Engine
-from coloebpf.service.engines.model import ModelEngine
+from coloebpf.service.engines.model import ModelEngine, Step
 from coloebpf.service.outside import Outside
 from coloebpf.service.pair import Supervisor
 from coloebpf.service.peer.messages import Message
@@ -317,12 +317,23 @@ class World:
         epoch = self.p.plane.word.epoch if epoch is None else epoch
         self.primary.found(Finding(kind, reason, 0, epoch, 0, 1, "flow", 0, "a", "b", True))
 
-    async def protected(self) -> None:
-        """From nothing to lock-step."""
+    async def begin(self, hang: Step | None = None) -> None:
+        """Both services and the link, and an operator asks for protection. `hang`: where the first copy stops."""
         for side in self.sides.values():
             await side.pair.start()
+        if hang is not None:
+            self.p.engine.hang(hang)
         self.connect()
         await self.primary.protect()
+
+    async def begin_first_copy(self) -> None:
+        """Likewise; it has been asked for, and stops there until go()."""
+        await self.begin(hang=Step.REQUEST)
+        await self.until(lambda: "p request" in self.story)
+
+    async def protected(self) -> None:
+        """From nothing to lock-step."""
+        await self.begin()
         self.primary.lease(time.monotonic_ns() + 10**12)
         self.primary.consider()
         await self.states(LOCKSTEP, LOCKSTEP)

@@ -98,10 +98,7 @@ def test_what_is_no_entry_here_is_told_and_not_taken(
             raise ValueError("the pair has no NIC 2")
 
         monkeypatch.setattr(world.s.aliases, "take", refuse)
-        for side in world.sides.values():
-            await side.pair.start()
-        world.connect()
-        await world.primary.protect()
+        await world.begin()
         await world.until(lambda: "has not taken" in caplog.text)
         assert "the pair has no NIC 2" in caplog.text
         assert world.p.state is SYNCING
@@ -174,11 +171,7 @@ def test_a_secondary_that_begins_anew_is_told_anew(how: str) -> None:
 
     async def test(world: World) -> None:
         world.p.aliases.there = entries(3)
-        for side in world.sides.values():
-            await side.pair.start()
-        world.connect()
-        world.p.engine.hang(Step.REQUEST)
-        await world.primary.protect()
+        await world.begin(hang=Step.REQUEST)
         await recorded(world)
         world.s.aliases.there = []
         if how == "link":
@@ -208,10 +201,7 @@ def test_a_link_that_is_lost_behind_the_handing_counts_too() -> None:
 
         world.arbiter.begin = begin  # type: ignore[method-assign]
         world.p.aliases.there = entries(3)
-        for side in world.sides.values():
-            await side.pair.start()
-        world.connect()
-        await world.primary.protect()
+        await world.begin()
         await begun.wait()
         world.s.aliases.there = []
         world.disconnect()
@@ -225,11 +215,7 @@ def test_a_link_that_is_lost_behind_the_handing_counts_too() -> None:
 
 def test_a_checkpoint_that_begins_while_the_secondary_is_away_is_made_again() -> None:
     async def test(world: World) -> None:
-        for side in world.sides.values():
-            await side.pair.start()
-        world.connect()
-        world.p.engine.hang(Step.REQUEST)
-        await world.primary.protect()
+        await world.begin(hang=Step.REQUEST)
         await world.until(lambda: world.primary.ledger.pending is not None)
         world.disconnect()
         world.primary.engine_event(Suspended(True))
@@ -259,10 +245,7 @@ def test_a_map_that_refuses_is_told(
             "texts" if host == "p" else "take",
             refuse,
         )
-        for side in world.sides.values():
-            await side.pair.start()
-        world.connect()
-        await world.primary.protect()
+        await world.begin()
         await world.until(lambda: "can't begin yet" in caplog.text)
         assert "the kernel refuses to write a map" in caplog.text
         monkeypatch.undo()

@@ -89,10 +89,7 @@ def test_the_secondary_may_come_later() -> None:
 
 def test_without_the_secondarys_leave_there_is_no_lock_step() -> None:
     async def test(world: World) -> None:
-        for side in world.sides.values():
-            await side.pair.start()
-        world.connect()
-        await world.primary.protect()
+        await world.begin()
         await world.states(SYNCING, SYNCING)
         await world.settle()
         assert world.arbiter.begun == 0
@@ -121,10 +118,7 @@ def test_an_arbiter_that_does_not_answer_at_the_beginning() -> None:
 def test_the_first_commit_is_told_again_if_the_link_lost_it() -> None:
     async def test(world: World) -> None:
         world.lose = lambda message: isinstance(message, Committed)
-        for side in world.sides.values():
-            await side.pair.start()
-        world.connect()
-        await world.primary.protect()
+        await world.begin()
         await world.states(LOCKSTEP, SYNCING)
         world.lose = lambda message: False
         world.disconnect()
@@ -137,12 +131,7 @@ def test_the_first_commit_is_told_again_if_the_link_lost_it() -> None:
 
 def test_a_first_copy_that_fails_for_good() -> None:
     async def test(world: World) -> None:
-        for side in world.sides.values():
-            await side.pair.start()
-        world.p.engine.hang(Step.REQUEST)
-        world.connect()
-        await world.primary.protect()
-        await world.until(lambda: "p request" in world.story)
+        await world.begin_first_copy()
         world.p.engine.die()
         await world.states(UNPROTECTED, UNPROTECTED)
 
@@ -173,12 +162,7 @@ def test_a_copy_before_the_secondary_is_ready_counts_for_nothing(protected: bool
 
 def test_a_first_copy_that_takes_long() -> None:
     async def test(world: World) -> None:
-        for side in world.sides.values():
-            await side.pair.start()
-        world.p.engine.hang(Step.REQUEST)
-        world.connect()
-        await world.primary.protect()
-        await world.until(lambda: "p request" in world.story)
+        await world.begin_first_copy()
         await asyncio.sleep(0.15)  # longer than any later one may take
         world.p.engine.go()
         await world.states(LOCKSTEP, LOCKSTEP)
@@ -564,12 +548,7 @@ def test_a_secondary_that_is_lost_during_the_first_copy() -> None:
     """Its loss is told once, while it was no replica; lock-step would hold for nobody, and for ever."""
 
     async def test(world: World) -> None:
-        for side in world.sides.values():
-            await side.pair.start()
-        world.p.engine.hang(Step.REQUEST)
-        world.connect()
-        await world.primary.protect()
-        await world.until(lambda: "p request" in world.story)
+        await world.begin_first_copy()
         world.p.witness.lost = True
         world.lose = lambda message: True  # the link has not noticed yet
         world.p.pair.peer_lost()
@@ -587,12 +566,7 @@ def test_a_first_copy_does_not_become_a_replica_while_there_is_no_link() -> None
     """The secondary may be another one when it is back; meanwhile nothing is held, and nobody is asked."""
 
     async def test(world: World) -> None:
-        for side in world.sides.values():
-            await side.pair.start()
-        world.p.engine.hang(Step.REQUEST)
-        world.connect()
-        await world.primary.protect()
-        await world.until(lambda: "p request" in world.story)
+        await world.begin_first_copy()
         world.part()
         world.p.engine.go()
         await world.settle()
@@ -1063,11 +1037,7 @@ def test_a_service_that_stood_still_while_everything_passed(during: Step | None,
 
 def test_a_restart_before_the_first_commit() -> None:
     async def test(world: World) -> None:
-        for side in world.sides.values():
-            await side.pair.start()
-        world.p.engine.hang()
-        world.connect()
-        await world.primary.protect()
+        await world.begin(hang=Step.SUSPENDED)
         await world.states(CHECKPOINTING, SYNCING)
         await world.restart(P)
         world.connect()

@@ -186,10 +186,7 @@ def test_random_faults(seed: int, arbiter: type[Record], careful: bool, monkeypa
             world.latency = lambda: dice.choice([0, 0.001, 0.004])
         watcher = Watcher(world)
         world.on_touch = watcher.look
-        for side in world.sides.values():
-            await side.pair.start()
-        world.connect()
-        await world.primary.protect()
+        await world.begin()
         if dice.random() < 0.8:
             with contextlib.suppress(TimeoutError):  # a machine that stands still for 100 ms is a fault, too
                 await world.until(lambda: (world.p.plane.word.state, world.s.plane.word.state) == (LOCKSTEP, LOCKSTEP))
