@@ -15,10 +15,10 @@ from coloebpf.lab import image
 from coloebpf.service.engines import (
     qemu_checkpoints,
     qemu_copy,
+    qemu_incoming,
     qemu_mirror,
     qemu_process,
     qemu_pvm,
-    qemu_secondary,
     qmp,
 )
 from tests.service.qemu_rig import Rig
@@ -34,7 +34,7 @@ LIMITS = {
     qemu_pvm: ("CONNECT_S", "CONT_S"),
     qemu_copy: ("REACH_S",),
     qemu_checkpoints: ("SWITCH_S", "STOP_S", "MOVE_S", "WHOLE_S", "CUT_S", "UNDO_S", "RELEASE_S"),
-    qemu_secondary: ("TOKEN_S",),
+    qemu_incoming: ("TOKEN_S",),
 }
 
 Test = Callable[[Rig], Awaitable[None]]
