@@ -1,0 +1,127 @@
+"""What the documentation names is there: commands with their arguments, make's targets, files, keys, maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coloebpf import pins
+from coloebpf.cli import parser
+from coloebpf.service.config import Config
+from coloebpf.service.config_reader import name_of
+
+TREE = Path(__file__).resolve().parents[2]
+PAGES = [TREE / "README.md", *sorted((TREE / "docs").glob("*.md"))]
+SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
+PARTS = re.compile(r"&&|;|\|(?!\|)")  # of a shell's line
+FILE = re.compile(r"(?<![\w/.])(?:bpf|coloebpf|tests|deploy|docs|\.ci)/[\w./-]+\.\w+")
+
+
+def blocks(page: Path) -> Iterator[str]:
+    """Indented blocks, each as one text."""
+    for paragraph in re.split(r"\n\s*\n", page.read_text()):
+        lines = paragraph.split("\n")
+        if all(line.startswith("    ") for line in lines if line.strip()) and paragraph.strip():
+            yield "\n".join(line[4:] for line in lines)
+
+
+def shell_lines(page: Path) -> Iterator[str]:
+    """Commands: lines of blocks, and what stands between backquotes."""
+    for block in blocks(page):
+        yield from (line.removeprefix("# ") for line in block.split("\n"))
+    yield from (" ".join(span.split()) for span in SPAN.findall(page.read_text()))
+
+
+def commands(page: Path, name: str) -> Iterator[list[str]]:
+    """The words of each call of `name`, without redirections and comments."""
+    for line in shell_lines(page):
+        for part in PARTS.split(line):
+            try:
+                words = shlex.split(part, comments=True)
+            except ValueError:  # a bracket of some other language
+                continue
+            while words and "=" in words[0] and not words[0].startswith("-"):
+                words.pop(0)  # a variable for the command
+            if words and words[0] == name:
+                yield words[1 : words.index(">")] if ">" in words else words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_coloebpf_can_be_typed(page: Path) -> None:
+    wrong = []
+    for words in commands(page, "coloebpf"):
+        if "..." in words or not words:
+            words = [word for word in words if word != "..."] or ["--version"]
+        mine = words[: words.index("--")] if "--" in words else words
+        try:
+            parser().parse_args(mine)
+        except SystemExit as e:
+            if e.code and not only_named(mine):
+                wrong.append(" ".join(words))
+    assert wrong == []
+
+
+def test_they_are_found() -> None:
+    found = [words for page in PAGES for words in commands(page, "coloebpf")]
+    assert ["lab", "exec", "client", "--", "redis-cli", "-h", "10.77.0.10", "get", "greeting"] in found, "of a block"
+    assert ["unprotect", "PAIR"] in found, "of a sentence"
+
+
+def only_named(words: list[str]) -> bool:
+    """A sentence may name a command or an option without all that it needs: then its help must be there."""
+    names = [word for word in words if not word.startswith("-")]
+    try:
+        parser().parse_args([*names, "--help"])
+    except SystemExit as e:
+        return not e.code and len(names) == len(words)
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_target_of_make_is_there(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (TREE / "Makefile").read_text(), re.M))
+    named = {word for words in commands(page, "make") for word in words if not word.startswith("-")}
+    assert named - targets == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_is_there(page: Path) -> None:
+    named = {name.rstrip(".") for name in FILE.findall(page.read_text())}
+    assert {name for name in named if not (TREE / name).exists() and not list(TREE.glob(name))} == set()
+
+
+def keys_of(cls: Any) -> dict[str, Any]:
+    """A configuration table's keys; of a table its own class."""
+    return {name_of(field): field.metadata.get("table") for field in dataclasses.fields(cls) if field.metadata}
+
+
+def unknown(table: dict[str, Any], cls: Any, at: str = "") -> Iterator[str]:
+    """Keys of `table` that `cls` does not have."""
+    known = keys_of(cls)
+    for key, value in table.items():
+        if key not in known:
+            yield f"{at}{key}"
+        elif known[key] is not None:
+            for one in value if isinstance(value, list) else [value]:
+                yield from unknown(one, known[key], f"{at}{key}.")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_configuration_has_keys_that_there_are(page: Path) -> None:
+    for block in blocks(page):
+        if re.match(r"\[\[?\w+", block):
+            assert list(unknown(tomllib.loads(block.replace("...", '"..."')), Config)) == []
+
+
+def test_every_map_and_program_that_bpftool_is_shown_is_pinned() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"pinned (?:\$P|/sys/fs/bpf/coloebpf/lab/lab/primary)/(\w+)", text))
+    assert named
+    assert named - {*pins.MAPS, *pins.UPKEEP} == set()
