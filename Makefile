@@ -2,7 +2,7 @@
 VENV := .venv
 PY   := $(VENV)/bin/python
 
-.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test systemd-test deb clean
+.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test systemd-test xen-lab deb clean
 
 help:
 	@echo "make lab      install what is needed and run the show: two virtual machines in lock-step on this machine"
@@ -11,6 +11,7 @@ help:
 	@echo "make lint     ruff and mypy only        make vm-test  only the tests in QEMU"
 	@echo "make faults   hosts, services, links and arbiters that fail, at random moments   make soak  20 minutes of churn"
 	@echo "make deb      the Debian 12 package, in build/"
+	@echo "make xen-lab  two Xen hosts in QEMU, and what runs on them (separate: it takes ten minutes)"
 	@echo "make clean    remove the venv and caches"
 
 deps:
@@ -102,6 +103,12 @@ deb:
 	deploy/install-deps.sh package
 	$(MAKE) venv
 	deploy/debian/build $(PY)
+
+# Two Xen hosts in QEMU, and the tests on them: ten minutes from nothing, most of them for emulated CPUs. By hand: docs/xen.md.
+xen-lab:
+	deploy/install-deps.sh xen-lab
+	$(MAKE) venv
+	$(PY) -m pytest -s tests/xen
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,17 +1,21 @@
 #!/bin/bash
-# Installs the Debian 12 packages that coloebpf needs: `install-deps.sh lab` (default), `test`, or `package` for `make deb`.
+# Installs the Debian 12 packages that coloebpf needs: `install-deps.sh lab` (default), `test`, or `package` for `make deb`; on a host
+# with guests of its own `host`, for `make xen-lab` `xen-lab`.
 # Calls apt only when something is missing, and leaves no service of Debian's running.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 
-# What runs coloebpf and its lab.
-packages=(python3-bpfcc python3-cryptography linux-headers-amd64 bpftool iproute2 ethtool python3-venv python3-pip procps kmod
-          redis-server redis-tools qemu-system-x86 busybox-static cpio dropbear-bin)
+# What runs coloebpf.
+host_packages=(python3-bpfcc python3-cryptography linux-headers-amd64 bpftool iproute2 ethtool python3-venv python3-pip procps kmod)
+# What its lab needs on top of it.
+lab_packages=(redis-server redis-tools qemu-system-x86 busybox-static cpio dropbear-bin)
 # What the tests and benchmarks drive on top of it.
 test_packages=(qemu-system-common gcc libc6-dev nginx-light curl iperf3 nftables tcpdump
                prometheus etcd-server systemd)
 # What builds the Debian package, and what its tests make a clean root file system with.
 package_packages=(debhelper dh-python python3-venv python3-pip lintian mmdebstrap)
+# What makes and boots the Xen hosts of tests/xen.
+xen_lab_packages=(mmdebstrap openssh-client e2fsprogs)
 # Servers whose packages would start them at once and at each boot; the lab starts its own copies in its namespaces.
 services=(redis-server nginx prometheus etcd)
 
@@ -72,14 +76,16 @@ fetch_vm_kernel() {
 }
 
 case "${1:-lab}" in
+    host) install_missing "${host_packages[@]}" ;;
     lab)
-        install_missing "${packages[@]}"
+        install_missing "${host_packages[@]}" "${lab_packages[@]}"
         fetch_vm_kernel
         ;;
     test)
-        install_missing "${packages[@]}" "${test_packages[@]}" "${package_packages[@]}"
+        install_missing "${host_packages[@]}" "${lab_packages[@]}" "${test_packages[@]}" "${package_packages[@]}"
         fetch_vm_kernel
         ;;
     package) install_missing "${package_packages[@]}" ;;
-    *) die "usage: install-deps.sh [lab|test|package]" ;;
+    xen-lab) install_missing "${host_packages[@]}" "${lab_packages[@]}" "${xen_lab_packages[@]}" ;;
+    *) die "usage: install-deps.sh [host|lab|test|package|xen-lab]" ;;
 esac

@@ -102,11 +102,7 @@ def of_guest(cache: Path = CACHE) -> tuple[Kernel, Path]:
     kernel = find_kernel()
     if kernel is None:
         raise PreflightError("no linux-image-cloud-amd64 of Debian 12: run deploy/install-deps.sh lab")
-    files = {"init": INIT, "bin/busybox": BUSYBOX, **modules(kernel, VIRTIO + NETWORK)}
-    for server in SERVERS:
-        files |= _program(server)
-    secrets = keys(cache)
-    files |= {place: secrets / name for name, place in IN_GUEST.items()}
+    files = guest_files(modules(kernel, VIRTIO + NETWORK), cache)
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -117,6 +113,15 @@ def of_guest(cache: Path = CACHE) -> tuple[Kernel, Path]:
             if old != target:
                 old.unlink(missing_ok=True)
     return kernel, target
+
+
+def guest_files(drivers: Mapping[str, Path], cache: Path = CACHE) -> dict[str, Path]:
+    """What a guest's initramfs consists of, with `drivers` (see modules()) for the devices that it will find."""
+    files = {"init": INIT, "bin/busybox": BUSYBOX, **drivers}
+    for server in SERVERS:
+        files |= _program(server)
+    secrets = keys(cache)
+    return files | {place: secrets / name for name, place in IN_GUEST.items()}
 
 
 def keys(cache: Path = CACHE) -> Path:

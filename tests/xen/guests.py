@@ -1,0 +1,75 @@
+"""Guests of the lab: one initramfs for all of them, and a configuration for xl per kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from coloebpf.lab import image
+from tests.xen.cache import Cache
+from tests.xen.modules import load_order
+from tests.xen.plan import LAN, SUBNETS, SUBNETS_V6
+
+ARCHIVE = "guest.cpio"
+DRIVERS = ("xen-netfront", "xen-blkfront", "e1000")
+MEMORY_MIB = 160
+BRIDGE = "xenbr0"
+MTU = 1500
+
+KINDS = {"pv": 11, "pvh": 12, "hvm": 13}  # kind -> the last byte of its address, if nothing else is said
+# A guest of kind HVM keeps its emulated NIC: PV drivers reconnect in a copy and can't be in lock-step.
+HVM = """\
+type = "hvm"
+xen_platform_pci = 0
+serial = "pty"
+nographic = 1
+vga = "none"
+usb = 0
+acpi = 1
+tsc_mode = "native"
+"""
+
+
+def archive(cache: Cache, kernel: image.Kernel) -> Path:
+    """The initramfs: busybox, redis and dropbear of coloebpf's own lab, with the drivers that Xen's guests need."""
+    files = image.guest_files(image.modules(kernel, load_order(kernel, DRIVERS)))
+    inputs = [part for name, path in sorted(files.items()) for part in (name, path)]
+    return cache.step("guest", inputs, lambda draft: image.pack(files, draft / ARCHIVE)) / ARCHIVE
+
+
+@dataclass(frozen=True)
+class Guest:
+    """One guest; `number` makes addresses that no other guest has."""
+
+    name: str
+    kind: str
+    number: int
+    memory: int = MEMORY_MIB
+
+    @property
+    def address(self) -> str:
+        return f"{SUBNETS[LAN]}.{self.number}"
+
+    @property
+    def mac(self) -> str:
+        return f"00:16:3e:00:00:{self.number:02x}"
+
+    def vif(self, domid: int) -> str:
+        """The device in dom0 that carries the guest's frames."""
+        return f"vif{domid}.0-emu" if self.kind == "hvm" else f"vif{domid}.0"
+
+    def config(self) -> str:
+        """For `xl create`."""
+        console = "ttyS0" if self.kind == "hvm" else "hvc0"
+        nics = f"{self.address}/24,{SUBNETS_V6[LAN]}{self.number}/64"
+        line = f"console={console} quiet panic=-1 mitigations=off COLO_MTU={MTU} COLO_NICS={nics}"
+        vif = f"mac={self.mac},bridge={BRIDGE}"
+        if self.kind == "hvm":
+            line += " xen_nopv xen_emul_unplug=never"
+            vif += ",type=ioemu,model=e1000"
+        return (
+            f'name = "{self.name}"\nkernel = "/lab/vmlinuz"\nramdisk = "/lab/{ARCHIVE}"\n'
+            f'{"cmdline" if self.kind == "hvm" else "extra"} = "{line}"\n'
+            f'memory = {self.memory}\nvcpus = 1\nvif = ["{vif}"]\non_crash = "destroy"\n'
+            + {"pv": "", "pvh": 'type = "pvh"\n', "hvm": HVM}[self.kind]
+        )
