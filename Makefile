@@ -2,7 +2,7 @@
 VENV := .venv
 PY   := $(VENV)/bin/python
 
-.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test systemd-test xen-lab deb clean
+.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test systemd-test xen-lab deb pictures clean
 
 help:
 	@echo "make lab      install what is needed and run the show: two virtual machines in lock-step on this machine"
@@ -109,6 +109,13 @@ xen-lab:
 	deploy/install-deps.sh xen-lab
 	$(MAKE) venv
 	$(PY) -m pytest -s tests/xen
+
+# The pictures of the documentation, of docs/pictures/*.dot and a lab.
+pictures:
+	$(MAKE) deps
+	deploy/install-deps.sh pictures
+	$(MAKE) venv
+	$(PY) docs/pictures/make.py
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

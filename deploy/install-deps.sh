@@ -87,5 +87,6 @@ case "${1:-lab}" in
         ;;
     package) install_missing "${package_packages[@]}" ;;
     xen-lab) install_missing "${host_packages[@]}" "${lab_packages[@]}" "${xen_lab_packages[@]}" ;;
-    *) die "usage: install-deps.sh [host|lab|test|package|xen-lab]" ;;
+    pictures) install_missing graphviz ;;
+    *) die "usage: install-deps.sh [host|lab|test|package|xen-lab|pictures]" ;;
 esac

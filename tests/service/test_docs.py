@@ -125,3 +125,13 @@ def test_every_map_and_program_that_bpftool_is_shown_is_pinned() -> None:
     named = set(re.findall(r"pinned (?:\$P|/sys/fs/bpf/coloebpf/lab/lab/primary)/(\w+)", text))
     assert named
     assert named - {*pins.MAPS, *pins.UPKEEP} == set()
+
+
+def test_every_program_in_a_picture_is_pinned_and_every_picture_is_there() -> None:
+    drawn = [source.read_text() for source in (TREE / "docs/pictures").glob("*.dot")]
+    named = set(re.findall(r"\b[ps]\d_\w+", "\n".join(drawn)))
+    assert named
+    assert named - {*pins.TC_PROGRAMS, *pins.XDP_PROGRAMS} == set()
+    shown = {page.parent / name for page in PAGES for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())}
+    assert shown
+    assert [str(path) for path in shown if not path.exists()] == []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -43,24 +43,30 @@ def run(
     try:
         for reply in _replies(path, period_s, looks, pause):
             if isinstance(reply, NoServiceError):
-                page: Any = Text(f"{reply}", style="bold red")
+                shown: RenderableType = Text(f"{reply}", style="bold red")
                 lines = [str(reply)]
-            else:
+            elif live is None:
                 rows = _rows(reply, last, time.monotonic())
-                page = Group(_head(reply), _table(rows), _tail(reply))
                 lines = [", ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, row, strict=True)) for row in rows]
+            else:
+                shown = page(reply, last, time.monotonic())
             if live is None:
                 for line in lines:
                     console.print(line, markup=False, soft_wrap=True)
                 continue
             if not live.is_started:
                 live.start()
-            live.update(page, refresh=True)
+            live.update(shown, refresh=True)
     except KeyboardInterrupt:
         pass  # the way to leave it
     finally:
         if live is not None:
             live.stop()
+
+
+def page(reply: dict[str, Any], last: dict[str, Sample], now: float) -> RenderableType:
+    """What a terminal shows of a status. `last`: samples of the look before, by pair, which are replaced; `now`: s."""
+    return Group(_head(reply), _table(_rows(reply, last, now)), _tail(reply))
 
 
 def _replies(
