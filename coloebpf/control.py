@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes as ct
 import fcntl
-import ipaddress
 import mmap
 import os
-import socket
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coloebpf import bpfsys, pins, snapshot
+from coloebpf import bpfsys, exemptions, pins, snapshot
 from coloebpf.errors import BpfError, ConfigError
 from coloebpf.events import EventReader
 from coloebpf.model import MAX_NICS, MAX_PAIRS, FwdBeat, State
@@ -29,8 +27,6 @@ GAUGE_FLOW_TOP = 2  # bpf/maps.h
 PAIR_WORDS = 6  # of 8 bytes in struct pair (bpf/types.h)
 KEPT_EPOCH_WORD, COMPARE_TIMEOUT_WORD = 4, 5
 ALIASED_SHIFT = 32  # `aliased` is the upper half of the word that `kept_epoch` is in
-EXEMPT_FIELDS_BITS = 32  # of struct exempt_key before `remote`: a prefix of the trie covers them always
-MAPPED_4 = bytes(10) + b"\xff\xff"  # begins an IPv4 address written as IPv6
 
 
 @dataclass(frozen=True)
@@ -39,20 +35,6 @@ class PairState:
 
     state: State
     epoch: int
-
-
-def exemption(proto: int, guest_port: int, remote: str, nic: int) -> tuple[int, bytes]:
-    """Bits of an exemption's key that count, and its address as 16 bytes. Raises ConfigError for what can't be one."""
-    try:
-        net = ipaddress.ip_network(remote, strict=False)
-    except ValueError as e:
-        raise ConfigError(f"remote {remote!r} is no address prefix such as 10.0.0.0/8 or fd00::/8") from e
-    for what, number, top in (("protocol", proto, 255), ("port", guest_port, 65535), ("NIC", nic, MAX_NICS - 1)):
-        if not 0 <= number <= top:
-            raise ConfigError(f"exemption of {what} {number}: must be between 0 and {top}")
-    address = net.network_address.packed
-    mapped = MAPPED_4 + address if net.version == 4 else address
-    return EXEMPT_FIELDS_BITS + 8 * (16 - len(address)) + net.prefixlen, mapped
 
 
 class Control:
@@ -270,43 +252,15 @@ class Control:
 
     def exempt_add(self, proto: int, guest_port: int, remote: str, nic: int = 0) -> None:
         """Lets traffic pass uncompared: IP protocol, the guest's port (0: every), the other side's prefix."""
-        bpfsys.update(self.fd("exempt"), self._exempt_key(proto, guest_port, remote, nic), ct.c_uint32(1))
-        self._note_exempts(nic)
+        exemptions.add(self, proto, guest_port, remote, nic)
 
     def exempt_del(self, proto: int, guest_port: int, remote: str, nic: int = 0) -> bool:
         """False if there was no such entry."""
-        found = bpfsys.delete(self.fd("exempt"), self._exempt_key(proto, guest_port, remote, nic))
-        self._note_exempts(nic)
-        return found
+        return exemptions.remove(self, proto, guest_port, remote, nic)
 
     def set_exempts(self, nic: int, wanted: Iterable[tuple[int, int, str]]) -> None:
         """Makes these (protocol, guest's port, prefix) all the exemptions of a NIC; those that stay are never gone."""
-        keys = {bytes(key): key for key in (self._exempt_key(*one, nic) for one in wanted)}
-        entries = list(bpfsys.keys(self.fd("exempt"), self.shapes.key("exempt")))
-        there = {bytes(entry): entry for entry in entries if entry.nic == nic}
-        for raw in keys.keys() - there.keys():
-            bpfsys.update(self.fd("exempt"), keys[raw], ct.c_uint32(1))
-        for raw in there.keys() - keys.keys():
-            bpfsys.delete(self.fd("exempt"), there[raw])
-        self._note_exempts(nic)
-
-    def _exempt_key(self, proto: int, guest_port: int, remote: str, nic: int) -> Any:
-        prefixlen, mapped = exemption(proto, guest_port, remote, nic)
-        key = self.shapes.key("exempt")()
-        key.prefixlen, key.proto, key.nic, key.guest_port = prefixlen, proto, nic, socket.htons(guest_port)
-        ct.memmove(ct.addressof(key) + type(key).remote.offset, mapped, len(mapped))
-        return key
-
-    def _note_exempts(self, nic: int) -> None:
-        """A NIC without exemptions does not search for them."""
-        entries = bpfsys.keys(self.fd("exempt"), self.shapes.key("exempt"))
-        any_left = any(entry.nic == nic for entry in entries)
-        value = self.shapes.leaf("nic_by_id")()
-        bpfsys.lookup(self.fd("nic_by_id"), ct.c_uint32(nic), value)
-        value.exempts = int(any_left)
-        bpfsys.update(self.fd("nic_by_id"), ct.c_uint32(nic), value)
-        if value.vif:
-            bpfsys.update(self.fd("nics"), ct.c_uint32(value.vif), value)
+        exemptions.replace(self, nic, wanted)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 

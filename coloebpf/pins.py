@@ -1,8 +1,11 @@
 """What a dataplane leaves under its pin directory: the names, and whether all of it is there."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from pathlib import Path
 
+from coloebpf import bpfsys
 from coloebpf.errors import BpfError
 from coloebpf.shapes import RUN_DIR, Shapes
 
@@ -34,3 +37,17 @@ def complete(pin_dir: Path, names: Iterable[str], run: Path = RUN_DIR) -> Shapes
             "detach, then load again"
         )
     return Shapes(pin_dir, run)
+
+
+class Maps:
+    """The maps pinned at `pin_dir`, of the types `shapes`; each is opened when it is needed first."""
+
+    def __init__(self, pin_dir: Path, shapes: Shapes) -> None:
+        self.pin_dir, self.shapes = pin_dir, shapes
+        self._fds: dict[str, int] = {}
+
+    def fd(self, name: str) -> int:
+        """File descriptor of a map."""
+        if name not in self._fds:
+            self._fds[name] = bpfsys.obj_get(self.pin_dir / name)
+        return self._fds[name]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from coloebpf import aliases, bpfsys, control, dataplane, model, pins, snapshot
-from coloebpf.control import exemption
-from coloebpf.dataplane import check_spec, defines
+from coloebpf import aliases, bpfsys, control, model, pins, programs, snapshot
 from coloebpf.errors import ConfigError
+from coloebpf.exemptions import exemption
 from coloebpf.model import NicSpec, Policy, Role, Sizes, State
+from coloebpf.nic_entries import check_spec
+from coloebpf.programs import defines
 from coloebpf.source import BPF_DIR
 
 TYPES, CONSTANTS, MAPS = ((BPF_DIR / name).read_text() for name in ("types.h", "constants.h", "maps.h"))
@@ -65,9 +66,9 @@ def test_kinds_of_events() -> None:
     [
         (model.MAX_NICS, "MAX_NICS"),
         (model.MAX_PAIRS, "MAX_PAIRS"),
-        (dataplane.STREAM_WORDS, "STREAM_WORDS"),
-        (dataplane.DGRAM_WORDS, "DGRAM_WORDS"),
-        (dataplane.HASH_PAD, "HASH_PAD"),
+        (programs.STREAM_WORDS, "STREAM_WORDS"),
+        (programs.DGRAM_WORDS, "DGRAM_WORDS"),
+        (programs.HASH_PAD, "HASH_PAD"),
         (Sizes().slots, "MAX_SLOTS"),
         (Sizes().flows, "MAX_FLOWS"),
     ],
@@ -84,19 +85,19 @@ def test_constants(ours: int, name: str) -> None:
         (snapshot.GAUGE_SLOTS_USED, "GAUGE_SLOTS_USED", MAPS),
         (snapshot.GAUGE_FLOWS_USED, "GAUGE_FLOWS_USED", MAPS),
         (control.GAUGE_FLOW_TOP, "GAUGE_FLOW_TOP", MAPS),
-        (dataplane.TC_STAGES.index("drain"), "STAGE_DRAIN", MAPS),
-        (dataplane.TC_STAGES.index("split"), "STAGE_SPLIT", MAPS),
-        (dataplane.TC_STAGES.index("p4_prove"), "STAGE_P4", MAPS),
-        (dataplane.TC_STAGES.index("p4_datagram"), "STAGE_P4_DATAGRAM", MAPS),
-        (dataplane.TC_STAGES.index("s1_deliver"), "STAGE_S1", MAPS),
-        (dataplane.TC_STAGES.index("pass_whole"), "STAGE_PASS", MAPS),
-        (dataplane.TC_STAGES.index("hold"), "STAGE_HOLD", MAPS),
-        (dataplane.TC_STAGES.index("split_udp"), "STAGE_SPLIT_UDP", MAPS),
-        (dataplane.TC_STAGES.index("partial"), "STAGE_PARTIAL", MAPS),
-        (dataplane.TC_STAGES.index("p1_alias"), "STAGE_P1_ALIAS", MAPS),
-        (dataplane.TC_STAGES.index("p2_alias"), "STAGE_P2_ALIAS", MAPS),
-        (dataplane.XDP_STAGES.index("p3_arrive"), "STAGE_P3", MAPS),
-        (dataplane.XDP_STAGES.index("s1_arrive"), "STAGE_S1_XDP", MAPS),
+        (programs.TC_STAGES.index("drain"), "STAGE_DRAIN", MAPS),
+        (programs.TC_STAGES.index("split"), "STAGE_SPLIT", MAPS),
+        (programs.TC_STAGES.index("p4_prove"), "STAGE_P4", MAPS),
+        (programs.TC_STAGES.index("p4_datagram"), "STAGE_P4_DATAGRAM", MAPS),
+        (programs.TC_STAGES.index("s1_deliver"), "STAGE_S1", MAPS),
+        (programs.TC_STAGES.index("pass_whole"), "STAGE_PASS", MAPS),
+        (programs.TC_STAGES.index("hold"), "STAGE_HOLD", MAPS),
+        (programs.TC_STAGES.index("split_udp"), "STAGE_SPLIT_UDP", MAPS),
+        (programs.TC_STAGES.index("partial"), "STAGE_PARTIAL", MAPS),
+        (programs.TC_STAGES.index("p1_alias"), "STAGE_P1_ALIAS", MAPS),
+        (programs.TC_STAGES.index("p2_alias"), "STAGE_P2_ALIAS", MAPS),
+        (programs.XDP_STAGES.index("p3_arrive"), "STAGE_P3", MAPS),
+        (programs.XDP_STAGES.index("s1_arrive"), "STAGE_S1_XDP", MAPS),
     ],
 )
 def test_numbers_in_maps(ours: int, name: str, text: str) -> None:
