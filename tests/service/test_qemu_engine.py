@@ -14,12 +14,11 @@ import pytest
 from coloebpf.lab import image
 from coloebpf.service.engines import (
     qemu_checkpoints,
-    qemu_copy,
-    qemu_incoming,
     qemu_mirror,
     qemu_process,
     qemu_pvm,
     qmp,
+    standby,
 )
 from tests.service.qemu_rig import Rig
 
@@ -32,9 +31,8 @@ LIMITS = {
     qemu_process: ("START_S",),
     qemu_mirror: ("END_S",),
     qemu_pvm: ("CONNECT_S", "CONT_S"),
-    qemu_copy: ("REACH_S",),
     qemu_checkpoints: ("SWITCH_S", "STOP_S", "MOVE_S", "WHOLE_S", "CUT_S", "UNDO_S", "RELEASE_S"),
-    qemu_incoming: ("TOKEN_S",),
+    standby: ("TOKEN_S", "REACH_S"),
 }
 
 Test = Callable[[Rig], Awaitable[None]]

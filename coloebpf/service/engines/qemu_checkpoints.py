@@ -14,10 +14,11 @@ from typing import Any
 
 from coloebpf.errors import EngineError
 from coloebpf.service.engine import Committed, Emit, Failed, Say, Suspended
-from coloebpf.service.engines.qemu_copy import Copy, Standby
+from coloebpf.service.engines.qemu_copy import Copy
 from coloebpf.service.engines.qemu_filling import RUNNING, Filling, progress
 from coloebpf.service.engines.qemu_mirror import Mirrors, refusal
 from coloebpf.service.engines.qemu_pvm import Pvm
+from coloebpf.service.engines.standby import Standby
 from coloebpf.service.log import say
 
 SWITCH_S = 1.0  # for the secondary: one write into a map

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from coloebpf.errors import EngineError
 from coloebpf.service.engines.qemu_filling import Filling
 from coloebpf.service.engines.qemu_relay import Relay
-
-REACH_S = 2.0
-
-
-@dataclass(frozen=True)
-class Standby:
-    """What the secondary says of it. `token`: to be sent first, so that nobody else's memory gets in."""
-
-    number: int
-    host: str
-    port: int
-    token: str
+from coloebpf.service.engines.standby import Standby
 
 
 class Copy:
@@ -88,21 +75,7 @@ class Copy:
 
     async def reach(self, pace: int) -> Relay:
         """The way into the standby. Raises EngineError."""
-        there = self.standby
-        try:
-            async with asyncio.timeout(REACH_S):
-                loop = asyncio.get_running_loop()
-                family = socket.AF_INET6 if ":" in there.host else socket.AF_INET
-                far = socket.socket(family, socket.SOCK_STREAM)
-                far.setblocking(False)
-                try:
-                    await loop.sock_connect(far, (there.host, there.port))
-                    await loop.sock_sendall(far, there.token.encode())
-                except BaseException:
-                    far.close()
-                    raise
-        except (OSError, TimeoutError) as e:
-            raise EngineError(f"the standby at {there.host}:{there.port} can't be reached: {e or 'no answer'}") from e
+        far, loop = await self.standby.reach(), asyncio.get_running_loop()
 
         def end(reason: str) -> None:
             if reason:

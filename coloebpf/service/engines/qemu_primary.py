@@ -19,11 +19,12 @@ from coloebpf.errors import EngineError
 from coloebpf.model import State
 from coloebpf.service.engine import DomainGone, Emit, EngineEvent, Failed, Ready, Say, SecondaryGone
 from coloebpf.service.engines.qemu_checkpoints import Checkpoints
-from coloebpf.service.engines.qemu_copy import Copy, Standby
+from coloebpf.service.engines.qemu_copy import Copy
 from coloebpf.service.engines.qemu_filling import MIB
 from coloebpf.service.engines.qemu_mirror import Mirrors, refusal
 from coloebpf.service.engines.qemu_pvm import Pvm, lives
 from coloebpf.service.engines.qemu_vms import Vms
+from coloebpf.service.engines.standby import Standby
 from coloebpf.service.log import say
 from coloebpf.service.machine import REPLICATED
 

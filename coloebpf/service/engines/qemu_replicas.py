@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import secrets
+import socket
 from collections.abc import Callable
 
 from coloebpf.control import PairState
@@ -21,11 +22,11 @@ from coloebpf.service.engines.qemu_process import Process
 from coloebpf.service.engines.qemu_taps import Taps
 from coloebpf.service.engines.qemu_vms import SLOTS, Vms
 from coloebpf.service.engines.qmp import Qmp
+from coloebpf.service.engines.standby import new_token
 from coloebpf.service.log import say
 from coloebpf.service.machine import REPLICATED
 from coloebpf.service.tasks import Tasks
 
-TOKEN_BYTES = 16  # random, of each standby; twice as many hexadecimal digits on the wire
 GO_S = 1.0  # a new SVM that was not told to run runs after that: its primary has another service by now
 AGAIN_S = 0.1  # between two tries to let the SVM take over
 
@@ -40,7 +41,7 @@ class Standby:
 
     def __init__(self, vm: Process, number: int) -> None:
         self.vm, self.number = vm, number
-        self.token = secrets.token_hex(TOKEN_BYTES)
+        self.token = new_token()
         self.taken = self.trial = self.loaded = self.cut = False
 
 
@@ -127,6 +128,24 @@ class Replicas:
         if self.standby is not None and not self.standby.taken:
             listen = self._vms.config.listen
             self._say_to("standby", self.standby.number, f"{listen.host} {listen.port} {self.standby.token}")
+
+    def awaited(self) -> str | None:
+        """The token of the connection that brings the standby's memory; None: no such one is waited for."""
+        return self.standby.token if self.standby is not None and not self.standby.taken else None
+
+    def take(self, connection: socket.socket) -> None:
+        """The one that has said that token."""
+        assert self.standby is not None
+        self.standby.taken = True
+        self._tasks.spawn(self._take(self.standby, connection))
+
+    async def _take(self, standby: Standby, connection: socket.socket) -> None:
+        try:
+            with connection:
+                await standby.vm.qmp.give(connection.fileno(), "state")
+                await standby.vm.qmp.do("migrate-incoming", uri="fd:state")
+        except EngineError as e:
+            self.lost(standby, str(e))
 
     def discard(self) -> None:
         """The standby is of no use. What was switched to it goes back to the SVM that runs."""

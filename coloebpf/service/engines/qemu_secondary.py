@@ -17,12 +17,12 @@ from coloebpf.model import State
 from coloebpf.service.engine import Emit, EngineEvent, Ready, Say
 from coloebpf.service.engines.qemu_disks import Disks
 from coloebpf.service.engines.qemu_following import Following
-from coloebpf.service.engines.qemu_incoming import Incoming
 from coloebpf.service.engines.qemu_primary import TEND_S, WANTED
 from coloebpf.service.engines.qemu_process import Process
 from coloebpf.service.engines.qemu_replicas import Replicas, Standby
 from coloebpf.service.engines.qemu_taps import Taps
 from coloebpf.service.engines.qemu_vms import Vms
+from coloebpf.service.engines.standby import Door
 from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
 from coloebpf.vifs import SvmVifs
@@ -58,7 +58,7 @@ class QemuSecondary:
         self._disks, taps = Disks(vms.name, vms.config), Taps(nics, vms, vifs, index)
         self._replicas = Replicas(vms, self._disks, taps, self._emit, tell, state, self._tasks)
         self._following = Following(self._replicas, vms, self._disks, taps, self._emit, tell, state, self._tasks)
-        self._incoming: Incoming | None = None
+        self._door = Door(vms.name, vms.config.listen, self._replicas.awaited, self._replicas.take)
         self._round = 0  # number of the disks' copies that were begun last; 0: none
         self._beginning: asyncio.Task[None] | None = None  # of those copies
         self._before: int | None = None  # number of the standby that was there when the link came up, until asked
@@ -75,10 +75,9 @@ class QemuSecondary:
 
     async def start(self) -> None:
         """Ready at once. Raises EngineError if it can't listen."""
-        self._incoming = Incoming(self._vms.name, self._vms.config.listen, self._replicas, self._tasks)
+        self._door.open()
         await self._replicas.adopt()
         self._tasks.spawn(self._tend())
-        self._tasks.spawn(self._incoming.run())
         self._emit(Ready())
 
     async def request_checkpoint(self) -> None:
@@ -94,10 +93,9 @@ class QemuSecondary:
     async def stop(self) -> None:
         """See Engine. The SVM goes on; a standby ends with its copy, for there may be no next service."""
         self._replicas.stopped = True
+        await self._door.close()
         await self._tasks.end()
         await self._replicas.stop()
-        if self._incoming is not None:
-            self._incoming.close()
         await self._disks.close()
 
     # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------

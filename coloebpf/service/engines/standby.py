@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from coloebpf.errors import EngineError
 from coloebpf.service.config_keys import Address
 from coloebpf.service.log import say
+from coloebpf.service.tasks import Tasks
 
 TOKEN_BYTES = 16  # random, of each standby; twice as many hexadecimal digits on the wire
 TOKEN_S = 2.0
@@ -64,7 +65,7 @@ class Door:
     ) -> None:
         self._pair, self._listen, self._token, self._taken = pair, listen, token, taken
         self._listener: socket.socket | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(lambda error: logger.error("a task of the engine failed", exc_info=error))
 
     def open(self) -> None:
         """Raises EngineError if it can't listen."""
@@ -75,13 +76,11 @@ class Door:
         except OSError as e:
             raise EngineError(f"the engine can't listen at {self._listen}: {e.strerror}") from e
         self._listener.setblocking(False)
-        self._keep(asyncio.get_running_loop().create_task(self._take_in(self._listener)))
+        self._tasks.spawn(self._take_in(self._listener))
 
     async def close(self) -> None:
         """Nobody comes in any more."""
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.end()
         if self._listener is not None:
             self._listener.close()
 
@@ -94,7 +93,7 @@ class Door:
                 say(logger, logging.WARNING, "no connection could be taken in", pair=self._pair, error=e)
                 await asyncio.sleep(RETRY_S)
                 continue
-            self._keep(loop.create_task(self._look(connection)))
+            self._tasks.spawn(self._look(connection))
 
     async def _look(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -119,10 +118,6 @@ class Door:
             return
         connection.setblocking(True)
         self._taken(connection)
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _family(host: str) -> socket.AddressFamily:
