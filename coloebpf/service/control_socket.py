@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 MAX_REQUEST = 4096  # bytes of a line; the longest that makes sense has some 100
 MAX_CONNECTIONS = 16  # at once: a few `top`s and a command
 IDLE_S = 30.0  # between two questions, and for the other side to take an answer
-COMMAND_S = 60.0  # for a command; a checkpoint of a large guest takes seconds
+COMMAND_S = 60.0  # for a command, unless its pair needs longer; a checkpoint of a large guest takes seconds
 MODE = 0o660
 PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 
@@ -52,6 +52,9 @@ class Commands(Protocol):
 
     `pair`: a name of the configuration, or any other text that somebody typed.
     """
+
+    def longest_s(self, pair: str) -> float:
+        """For so long a command of the pair may take; 0: no longer than any."""
 
     async def checkpoint(self, pair: str) -> str:
         """One checkpoint, to its commit."""
@@ -161,12 +164,13 @@ class ControlSocket:
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
         )
         say(log, logging.INFO, "ordered", command=command, pair=pair, uid=uid, pid=pid)
+        limit_s = max(self._command_s, self._commands.longest_s(pair))
         try:
-            async with asyncio.timeout(self._command_s):
+            async with asyncio.timeout(limit_s):
                 return await orders[command](pair)
         except TimeoutError:
             raise ServiceError(
-                f"{command} of {pair} was not done after {self._command_s:g} s; coloebpf status shows how far it is"
+                f"{command} of {pair} was not done after {limit_s:g} s; coloebpf status shows how far it is"
             ) from None
 
 

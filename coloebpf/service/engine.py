@@ -98,6 +98,15 @@ class Inquiring(Protocol):
         """Whether this host's own guest is still there. Raises EngineError if nobody can say."""
 
 
+@runtime_checkable
+class Showing(Protocol):
+    """An engine whose checkpoints may take long enough for somebody to ask."""
+
+    @property
+    def progress(self) -> str:
+        """How far the one under way is; "" if none is."""
+
+
 Say = Callable[[str, int, str], object]  # a word, a number, more words: to the other host's engine, if there is a link
 
 

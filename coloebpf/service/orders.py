@@ -10,6 +10,7 @@ from coloebpf.model import Role, State
 from coloebpf.service.machine import Change, Machine
 from coloebpf.service.pair import Supervisor
 
+COMMITS = 2  # that a command may have to wait for
 BEGINNING = (State.SYNCING, State.CHECKPOINTING)  # until the first commit
 
 
@@ -18,6 +19,11 @@ class Orders:
 
     def __init__(self, pairs: Callable[[], Iterable[Supervisor]]) -> None:
         self._pairs = pairs
+
+    def longest_s(self, pair: str) -> float:
+        """See Commands: a checkpoint may be under way already."""
+        waits = (p.config.commit_timeout_ms / 1000 for p in self._pairs() if p.config.name == pair)
+        return COMMITS * next(waits, 0.0)
 
     async def checkpoint(self, pair: str) -> str:
         """See Commands."""

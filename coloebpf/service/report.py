@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from coloebpf import __version__
 from coloebpf.model import State
 from coloebpf.service.concerns import concerns
+from coloebpf.service.engine import Showing
 from coloebpf.service.pair import Supervisor
 from coloebpf.service.primary import Primary
 from coloebpf.service.status import (
@@ -77,6 +78,8 @@ class Reporter:
         status.state_for_ms = status.mode_for_ms = _ms(now - pair.state_since_ns)
         status.alone_pending, status.epoch = pair.machine.alone_pending, pair.note().epoch
         status.engine_ready, status.findings = pair.engine_ready, dict(self.world.findings(pair.number))
+        if isinstance(pair.engine, Showing):
+            status.engine_progress = pair.engine.progress
         deadline_ns = self.world.control.deadline(pair.number)  # what the programs go by
         if deadline_ns:
             status.arbiter_deadline_in_ms = _ms(deadline_ns - now)

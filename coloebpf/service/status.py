@@ -145,6 +145,7 @@ class PairStatus:
     mode_reason: str = ""
     engine: str = ""
     engine_ready: bool = False  # it can be asked for a checkpoint
+    engine_progress: str = ""  # how far the checkpoint under way is, of engines that say so
     arbiter: str = "none"
     arbiter_deadline_in_ms: float | None = None  # the right to speak ends then; None: it has no end
     silent: bool = False  # it has ended: whatever the state, the programs drop what the guest sends

@@ -16,14 +16,16 @@ from tests.service import samples
 
 
 class Service:
-    """Tells `told` and `maps`, and notes what it is ordered."""
+    """Tells `told` and `maps`, and notes what it is ordered. An order is done after `looks_due` statuses."""
 
     def __init__(self) -> None:
         self.told = samples.status()
         self.maps: dict[str, Any] | None = samples.snapshot()
         self.orders: list[tuple[str, str]] = []
+        self.looks = self.looks_due = 0
 
     def status(self) -> Status:
+        self.looks += 1
         return self.told
 
     def snapshot(self) -> dict[str, Any]:
@@ -34,8 +36,13 @@ class Service:
     async def _order(self, command: str, pair: str) -> str:
         if pair not in ("web", "db"):
             raise ServiceError(f"there is no pair {pair!r}; there are web and db")
+        while self.looks < self.looks_due:
+            await asyncio.sleep(0.001)
         self.orders.append((command, pair))
         return f"{command} of {pair} is done"
+
+    def longest_s(self, pair: str) -> float:
+        return 0.0
 
     async def checkpoint(self, pair: str) -> str:
         return await self._order("checkpoint", pair)

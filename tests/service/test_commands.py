@@ -19,7 +19,7 @@ from rich.console import Console
 
 from coloebpf.cli import main
 from coloebpf.errors import NoServiceError
-from coloebpf.service.commands import top
+from coloebpf.service.commands import client, top
 from coloebpf.service.commands.text import status_text
 from coloebpf.service.status import Status
 from coloebpf.units import age
@@ -100,6 +100,17 @@ def test_an_order_is_given_and_its_answer_printed(command: str, path: Path, serv
     assert main([command, "web", "--socket", str(path)]) == 0
     assert capsys.readouterr() == (f"{command} of web is done\n", "")
     assert service.orders == [(command, "web")]
+
+
+def test_who_waits_is_told_how_far_it_is(
+    path: Path, service: Service, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "WAITING_S", 0.01)
+    service.looks_due, service.told.pairs[0].engine_progress = 3, "12 MiB of the guest's memory have arrived"
+    assert main(["protect", "web", "--socket", str(path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "protect of web is done\n"
+    assert said.err == "web: lockstep, 40 checkpoints, 12 MiB of the guest's memory have arrived\n"
 
 
 def test_an_order_that_is_refused_is_a_sentence(path: Path, service: Service, capsys: Output) -> None:

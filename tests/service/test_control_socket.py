@@ -45,8 +45,11 @@ class Service:
             raise self.broken
         return samples.snapshot()
 
+    def longest_s(self, pair: str) -> float:
+        return 0.2 if pair == "slower" else 0.0
+
     async def checkpoint(self, pair: str) -> str:
-        if pair == "slow":
+        if pair in ("slow", "slower"):
             await self.released.wait()
         return self._note("checkpoint", pair)
 
@@ -226,6 +229,15 @@ def test_a_command_that_takes_too_long_is_a_sentence(path: Path) -> None:
             (answer,) = await ask(path, b'{"command": "checkpoint", "pair": "slow"}\n')
         assert answer["ok"] is False
         assert answer["error"].startswith("checkpoint of slow was not done after 0.1 s; coloebpf status shows")
+
+    asyncio.run(run())
+
+
+def test_a_pair_that_needs_longer_gets_it(path: Path) -> None:
+    async def run() -> None:
+        async with serving(path, command_s=0.1):
+            (answer,) = await ask(path, b'{"command": "checkpoint", "pair": "slower"}\n')
+        assert answer["error"].startswith("checkpoint of slower was not done after 0.2 s; ")
 
     asyncio.run(run())
 

@@ -71,6 +71,8 @@ def test_order_of_a_checkpoint(play: Callable[[Test], None]) -> None:
 
         def look(step: str) -> None:
             resumed.append((step, not rig.pvm()["suspended"]))
+            if step == "switch":
+                assert rig.primary.progress == "0 MiB of the guest's memory have arrived"
             if step == "a Suspended":
                 asyncio.get_running_loop().call_later(0, asyncio.ensure_future, goes_on())
 
@@ -90,6 +92,7 @@ def test_order_of_a_checkpoint(play: Callable[[Test], None]) -> None:
         assert ("a Suspended", False) in resumed
         assert ("whole", True) in resumed
         assert rig.orders("b")[-1].startswith("unpause")
+        assert rig.primary.progress == ""
 
     play(test)
 

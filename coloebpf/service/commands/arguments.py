@@ -139,10 +139,20 @@ def _top(args: argparse.Namespace) -> None:
 
 
 def _order(args: argparse.Namespace) -> None:
-    from coloebpf.service.commands import client
+    from coloebpf.service.commands import client, text
+
+    said = ""
+
+    def waiting() -> None:  # raises if the service does not answer at all
+        nonlocal said
+        with client.connected(args.socket) as service:
+            now = text.progress_text(service.ask("status"), args.pair)
+        if now != said:
+            print(now, file=sys.stderr)
+        said = now
 
     with client.connected(args.socket) as service:
-        print(service.ask(args.title, client.ORDER_S, pair=args.pair))
+        print(service.order(args.title, args.pair, waiting))
 
 
 def _detach(args: argparse.Namespace) -> None:

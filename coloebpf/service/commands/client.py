@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from coloebpf.errors import NoServiceError, ServiceError
 SOCKET = Path("/run/coloebpf/control.sock")
 ANSWER_S = 10.0  # for a status; the service reads its maps for it
 ORDER_S = 70.0  # for a command: longer than the service itself gives it
+WAITING_S = 5.0  # a command that takes longer is one to be told about; and between two looks
 MAX_ANSWER = 16 << 20  # bytes; a status of 64 NICs has some 200 KiB
 
 
@@ -26,9 +28,22 @@ class Client:
 
     def ask(self, command: str, timeout_s: float = ANSWER_S, **arguments: str) -> Any:
         """The result of one request."""
+        return self._ask(lambda: None, command, timeout_s, arguments)
+
+    def order(self, command: str, pair: str, waiting: Callable[[], object]) -> Any:
+        """Likewise, as long as it takes: the service knows how long it may. `waiting`: called again and again."""
+
+        def wait() -> None:
+            while not select.select([self._connection], [], [], WAITING_S)[0]:
+                waiting()
+
+        return self._ask(wait, command, ORDER_S, {"pair": pair})
+
+    def _ask(self, wait: Callable[[], None], command: str, timeout_s: float, arguments: dict[str, str]) -> Any:
         try:
             self._connection.settimeout(timeout_s)
             self._connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            wait()
             line = self._input.readline(MAX_ANSWER)
         except TimeoutError as error:
             raise NoServiceError(

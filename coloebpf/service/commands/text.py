@@ -64,7 +64,8 @@ def _pair(pair: dict[str, Any], nics: list[dict[str, Any]]) -> Iterator[str]:
     reason = f": {pair['mode_reason']}" if pair["mode_reason"] else ""
     yield from _wrapped("mode", f"{pair['mode']} for {age(pair['mode_for_ms'])}{reason}")
     ready = "ready" if pair["engine_ready"] else "NOT READY"
-    yield from _wrapped("engine", f"{pair['engine'] or 'none'}, {ready}")
+    progress = f": {pair['engine_progress']}" if pair["engine_progress"] else ""
+    yield from _wrapped("engine", f"{pair['engine'] or 'none'}, {ready}{progress}")
     yield from _wrapped("arbiter", f"{pair['arbiter']}{_right(pair)}; without the service: {pair['on_service_loss']}")
     yield from _checkpoints(pair)
     for entry in pair["uncompared"]:
@@ -72,6 +73,15 @@ def _pair(pair: dict[str, Any], nics: list[dict[str, Any]]) -> Iterator[str]:
     devices = {nic["number"]: nic for nic in pair["nics"]}
     for nic in nics:
         yield from _nic(nic, devices.get(nic["nic"], {}))
+
+
+def progress_text(reply: dict[str, Any], name: str) -> str:
+    """How far a pair is, for somebody who waits for it; of a status. "" if there is no such pair."""
+    for pair in reply["service"]["pairs"]:
+        if pair["name"] == name:
+            parts = [pair["state"], f"{sum(pair['checkpoints'].values()):,} checkpoints", pair["engine_progress"]]
+            return f"{name}: {', '.join(filter(None, parts))}"
+    return ""
 
 
 def _right(pair: dict[str, Any]) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 from collections.abc import Callable
 
 from coloebpf.errors import EngineError
 from coloebpf.service.engines.standby import Standby
 from coloebpf.xen.client import Worker
+
+MIB = 1 << 20
+BYTES_ACKED = struct.Struct("=120xQ")  # tcpi_bytes_acked in struct tcp_info, linux/tcp.h
 
 Told = Callable[["Copy"], object]
 
@@ -75,6 +79,16 @@ class Copy:
             raise error
         if self._broken:
             raise EngineError(self._broken)
+
+    @property
+    def progress(self) -> str:
+        """How far it is, for people."""
+        if self._stream is None:
+            return "the copy begins"
+        with contextlib.suppress(OSError):  # it is closed when all is written
+            said = self._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.size)
+            return f"{BYTES_ACKED.unpack(said)[0] // MIB} MiB of the guest's memory have arrived"
+        return "the other host restores the guest's memory"
 
     async def whole(self, seconds: float) -> None:
         """Returns when the standby has all of it. Raises EngineError."""

@@ -107,6 +107,11 @@ class XenPrimary:
         guest = await self._domains.guest()
         return guest is not None and not guest.ended
 
+    @property
+    def progress(self) -> str:
+        """See Showing."""
+        return self.copy.progress if self.copy is not None else ""
+
     # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
 
     def heard(self, word: str, number: int, detail: str) -> None:
