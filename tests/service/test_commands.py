@@ -102,6 +102,15 @@ def test_an_order_is_given_and_its_answer_printed(command: str, path: Path, serv
     assert service.orders == [(command, "web")]
 
 
+def test_protect_to_a_host(path: Path, service: Service, capsys: Output) -> None:
+    """Only if that is the other one."""
+    assert main(["protect", "web", "--to", "c", "--socket", str(path)]) == 1
+    assert capsys.readouterr().err == "coloebpf: the other host is b, not c: see [peer] name\n"
+    assert not service.orders
+    assert main(["protect", "web", "--to", "b", "--socket", str(path)]) == 0
+    assert service.orders == [("protect", "web")]
+
+
 def test_who_waits_is_told_how_far_it_is(
     path: Path, service: Service, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -347,7 +347,7 @@ def test_a_former_primary_becomes_a_secondary(play: Callable[[Test], None]) -> N
     async def test(rig: Rig) -> None:
         await rig.until(lambda: rig.secondary.standby is not None, "a standby")
         rig.state, rig.vifs.word = State.UNPROTECTED, PairState(State.UNPROTECTED, 0)
-        await rig.until(lambda: rig.secondary.standby is None, "no standby")
+        await rig.until(lambda: rig.secondary.standby is None and rig.primary._standby is None, "no standby")
         rig.xen["b"].create(guest(), "of yesterday")
         rig.state, rig.vifs.word = State.SYNCING, PairState(State.SYNCING, 0)
         await rig.checkpoint()

@@ -44,6 +44,8 @@ def add(areas: Any) -> None:
     for name, text in ORDERS:
         order = _add(areas, name, _order, text)
         order.add_argument("pair", metavar="PAIR", help="its name in the configuration")
+        if name == "protect":
+            order.add_argument("--to", metavar="HOST", help="refuse to if this is not the other host's name")
         _add_socket(order)
 
     detach = _add(
@@ -152,6 +154,8 @@ def _order(args: argparse.Namespace) -> None:
         said = now
 
     with client.connected(args.socket) as service:
+        if (wanted := getattr(args, "to", None)) is not None:
+            client.check_peer(service.ask("status"), wanted)
         print(service.order(args.title, args.pair, waiting))
 
 

@@ -63,6 +63,13 @@ class Client:
         self._input.close()
 
 
+def check_peer(status: dict[str, Any], wanted: str) -> None:
+    """Raises ServiceError if the other host of a service has another name."""
+    peer = status["service"]["peer"]
+    if peer is None or peer["name"] != wanted:
+        raise ServiceError(f"the other host is {peer['name'] if peer else 'none'}, not {wanted}: see [peer] name")
+
+
 @contextmanager
 def connected(path: Path) -> Iterator[Client]:
     """A connection to the service that listens at `path`."""
