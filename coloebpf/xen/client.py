@@ -17,7 +17,6 @@ from coloebpf.errors import XenError
 from coloebpf.xen.worker import PACKET
 
 ARGV = (sys.executable, "-m", "coloebpf.xen.worker")
-START_S = 20.0  # for Python and libxl; some 0.1 s when the machine is not busy
 END_S = 5.0  # for one whose socket was closed: it lets a guest go on that stands still, and ends
 SAID = 300  # characters of a worker's last words that an error repeats
 
@@ -34,8 +33,8 @@ class Worker:
         self._busy = asyncio.Lock()
 
     @classmethod
-    async def start(cls, log: Path, argv: Sequence[str] = ARGV) -> Worker:
-        """Raises XenError if libxl can't be had on this host."""
+    async def start(cls, log: Path, seconds: float, argv: Sequence[str] = ARGV) -> Worker:
+        """Raises XenError if libxl can't be had on this host. It takes some 0.1 s when the machine is not busy."""
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its, log.open("wb") as words:
@@ -45,11 +44,11 @@ class Worker:
         mine.setblocking(False)
         worker = cls(process, mine, log)
         try:
-            async with asyncio.timeout(START_S):
+            async with asyncio.timeout(seconds):
                 await worker._answer(_nothing)
         except TimeoutError as e:
             await worker.kill()
-            raise XenError(f"libxl did not begin in {START_S:g} s") from e
+            raise XenError(f"libxl did not begin in {seconds:g} s") from e
         except BaseException:
             await worker.kill()
             raise
@@ -144,8 +143,8 @@ class Worker:
 class Libxl:
     """libxl for short orders: a worker that is started when it is needed, and again when it is gone."""
 
-    def __init__(self, home: Path, name: str, argv: Sequence[str] = ARGV) -> None:
-        self._home, self._name, self._argv = home, name, argv
+    def __init__(self, home: Path, name: str, start_s: float, argv: Sequence[str] = ARGV) -> None:
+        self._home, self._name, self._start_s, self._argv = home, name, start_s, argv
         self._worker: Worker | None = None
         self._starting = asyncio.Lock()
 
@@ -158,7 +157,7 @@ class Libxl:
 
     async def worker(self, name: str) -> Worker:
         """One for a long order; the caller ends it."""
-        return await Worker.start(self._home / f"{name}.log", self._argv)
+        return await Worker.start(self._home / f"{name}.log", self._start_s, self._argv)
 
     async def end(self) -> None:
         """No more orders."""

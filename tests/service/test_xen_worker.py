@@ -22,7 +22,7 @@ def test_no_xen_here(tmp_path: Path) -> None:
 
     async def test() -> None:
         with pytest.raises(XenError, match=r"there is no libxl 4\.17|libxl has no access to Xen"):
-            await client.Worker.start(tmp_path / "worker.log")
+            await client.Worker.start(tmp_path / "worker.log", 60)
 
     asyncio.run(test())
 

@@ -29,8 +29,9 @@ class Domains:
         self.pair, self.config = pair, config
         self._vifs = vifs
         self._home = config.run_dir / pair
-        self._libxl = Libxl(self._home, "orders", argv)
-        self._slow = Libxl(self._home, "ends", argv)  # an end takes seconds, and a start may not wait for it
+        self._libxl = Libxl(self._home, "orders", config.step_timeout_s, argv)
+        # An end takes seconds, and a start may not wait for it.
+        self._slow = Libxl(self._home, "ends", config.step_timeout_s, argv)
 
     @classmethod
     def of(cls, pair: PairConfig, config: LibxlLiveConfig) -> Domains:
