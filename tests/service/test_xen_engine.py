@@ -85,7 +85,8 @@ def test_order_of_a_checkpoint(play: Callable[[Test], None]) -> None:
         await rig.checkpoint()
         await rig.until(lambda: "release tapA" in rig.steps, "the kept frames")
         steps = [step for step in rig.steps[seen:] if step not in ("ask", "standby")]
-        order = ["hold tapA", "b Replacing", "whole", "a Committed", "go", "release tapA"]
+        order = ["b Replacing", "whole", "a Committed", "go", "release tapA"]
+        assert "hold tapA" in rig.steps[:seen] or steps.index("hold tapA") < steps.index("switch")
         assert [step for step in steps if step in order] == order
         assert steps.index("switch") < steps.index("a Suspended") < steps.index("whole")
         assert ("switch", False) in resumed

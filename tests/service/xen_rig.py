@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -45,14 +46,18 @@ class FakePorts:
         self._note, self.broken = note, False
 
     def hold(self, vif: str) -> None:
-        if self.broken:
-            raise DeviceError(f"{vif} can't keep frames")
-        self._note(f"hold {vif}")
+        self._do("hold", vif)
 
     def release(self, vif: str) -> None:
+        self._do("release", vif)
+
+    def _do(self, what: str, vif: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop()
+            raise AssertionError("pyroute2 can't work in a thread with a running loop")
         if self.broken:
             raise DeviceError(f"{vif} can't keep frames")
-        self._note(f"release {vif}")
+        self._note(f"{what} {vif}")
 
 
 class Rig:

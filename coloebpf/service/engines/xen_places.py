@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ logger = logging.getLogger("coloebpf.xen")
 
 
 class Ports(Protocol):
-    """What coloebpf.xen.ports does. Both raise DeviceError."""
+    """What coloebpf.xen.ports does: netlink, in a thread of its own. Both raise DeviceError."""
 
     def hold(self, vif: str) -> None: ...
     def release(self, vif: str) -> None: ...
@@ -31,21 +32,24 @@ class Places:
         self._nics, self._domains, self._vifs, self._ports, self._index = nics, domains, vifs, ports, index
         self.withdraw, self.settle = vifs.withdraw, vifs.settle
 
-    def offer(self, slot: int) -> None:
-        """From the pair's next epoch on: to the slot's, where they wait."""
-        vifs = self._domains.vifs(slot)
+    async def hold(self, slot: int) -> None:
+        """What will come for the slot waits."""
         try:
-            for vif in vifs:
-                self._ports.hold(vif)
+            for vif in self._domains.vifs(slot):
+                await asyncio.to_thread(self._ports.hold, vif)
         except DeviceError as e:  # what comes before its tap is there is lost: a frame lost on fwd is no worse
             say(logger, logging.ERROR, "frames for the next SVM are not kept", pair=self._domains.pair, error=e)
+
+    def offer(self, slot: int) -> None:
+        """From the pair's next epoch on: to the slot's."""
+        vifs = self._domains.vifs(slot)
         self._vifs.offer({nic: self._index(vif) for nic, vif in zip(self._nics, vifs, strict=True)})
 
-    def release(self, slot: int) -> None:
+    async def release(self, slot: int) -> None:
         """What waits goes to the guest."""
         for vif in self._domains.vifs(slot):
             with contextlib.suppress(DeviceError):  # nothing was held, which was told
-                self._ports.release(vif)
+                await asyncio.to_thread(self._ports.release, vif)
 
     def in_use(self, slot: int) -> bool:
         """Now: the slot's."""

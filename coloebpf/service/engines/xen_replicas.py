@@ -92,6 +92,7 @@ class Replicas:
             await self._end_old_guest()
         slot = next(slot for slot in SLOTS if svm is None or slot != svm.slot)
         await self._domains.clear(slot)
+        await self._places.hold(slot)
         worker = await self._domains.worker(f"restore{slot}")
         if self.mine or self.svm is not svm:  # something else has happened meanwhile
             await worker.end()
@@ -166,7 +167,7 @@ class Replicas:
     async def _unpause(self, svm: Svm) -> None:
         svm.paused = False
         await self._domains.do("unpause", svm.domid)
-        self._places.release(svm.slot)
+        await self._places.release(svm.slot)
 
     async def promote(self) -> None:
         """The SVM is the guest: the last copy, if it is whole, else the one that runs. Raises EngineError."""
