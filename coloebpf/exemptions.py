@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from coloebpf import bpfsys
 from coloebpf.errors import ConfigError
 from coloebpf.model import MAX_NICS
+from coloebpf.pins import ENTRIES_LOCK
 
 if TYPE_CHECKING:
     from coloebpf.control import Control
@@ -67,12 +68,13 @@ def _key(control: Control, proto: int, guest_port: int, remote: str, nic: int) -
 
 
 def _note(control: Control, nic: int) -> None:
-    """A NIC without exemptions does not search for them."""
+    """A NIC without exemptions does not search for them, whichever of its vifs the guest is behind."""
     entries = bpfsys.keys(control.fd("exempt"), control.shapes.key("exempt"))
-    any_left = any(entry.nic == nic for entry in entries)
-    value = control.shapes.leaf("nic_by_id")()
-    bpfsys.lookup(control.fd("nic_by_id"), ct.c_uint32(nic), value)
-    value.exempts = int(any_left)
-    bpfsys.update(control.fd("nic_by_id"), ct.c_uint32(nic), value)
-    if value.vif:
-        bpfsys.update(control.fd("nics"), ct.c_uint32(value.vif), value)
+    any_left = int(any(entry.nic == nic for entry in entries))
+    with ENTRIES_LOCK:
+        vifs = list(bpfsys.keys(control.fd("nics"), ct.c_uint32))
+        for table, key in (("nic_by_id", ct.c_uint32(nic)), *(("nics", vif) for vif in vifs)):
+            value = control.shapes.leaf(table)()
+            if bpfsys.lookup(control.fd(table), key, value) and (table == "nic_by_id" or value.id == nic):
+                value.exempts = any_left
+                bpfsys.update(control.fd(table), key, value)

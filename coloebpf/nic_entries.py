@@ -6,10 +6,10 @@ import ctypes as ct
 from contextlib import ExitStack
 from typing import Any
 
-from coloebpf import bpfsys, netdev, vifs
+from coloebpf import bpfsys, netdev
 from coloebpf.errors import ConfigError
 from coloebpf.model import MAX_NICS, MAX_PAIRS, NicSpec, Role
-from coloebpf.pins import Maps
+from coloebpf.pins import ENTRIES_LOCK, Maps
 
 MAX_VLAN = 4094
 
@@ -76,7 +76,7 @@ class NicEntries:
         link = self._kinds.key("links")()
         link.fwd, link.vlan = fwd, spec.vlan
         nic_by_id = ct.c_uint32(spec.nic)
-        with vifs.LOCK:
+        with ENTRIES_LOCK:
             kept = self._kinds.leaf("nic_by_id")()
             bpfsys.lookup(self._fd("nic_by_id"), nic_by_id, kept)
             own = (
@@ -98,7 +98,7 @@ class NicEntries:
 
     def _put_back(self, nic_by_id: ct.c_uint32, before: Any, same: bool) -> None:
         """What was there before attach(). `same`: the guest was where it is, so what became of it since counts."""
-        with vifs.LOCK:
+        with ENTRIES_LOCK:
             if same:
                 now = type(before)()
                 bpfsys.lookup(self._fd("nic_by_id"), nic_by_id, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ MAPS = (
     "holding", "scratch", "gauges", "tc_stages", "xdp_stages", "last_events", "events", "aliases",
 )  # fmt: skip
 UPKEEP = ("flush", "sweep", "keep_numbers")  # programs that user space runs
+ENTRIES_LOCK = threading.Lock()  # `nics` and `nic_by_id`: entries are written whole, by several threads
 
 
 def any_there(pin_dir: Path) -> bool:

@@ -7,14 +7,12 @@ is the one that exchanges the SVM, for all NICs of the pair.
 from __future__ import annotations
 
 import ctypes as ct
-import threading
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from coloebpf import bpfsys
 from coloebpf.control import Control
-
-LOCK = threading.Lock()  # attach(), in a thread of its own, writes whole entries too
+from coloebpf.pins import ENTRIES_LOCK
 
 
 class SvmVifs(Protocol):
@@ -44,7 +42,7 @@ class Vifs:
         Not behind a settle() that did not come to its end: then there is no way back for the other NICs either.
         """
         word = self._control.state(self._pair)
-        with LOCK:
+        with ENTRIES_LOCK:
             nics = [self._read(nic) for nic in self._nics]
         on_trial = [nic.next_vif not in (0, nic.vif) and nic.next_epoch == word.epoch for nic in nics]
         if any(on_trial) and not all(on_trial):
@@ -74,7 +72,7 @@ class Vifs:
         return value
 
     def _change(self, nic: int, **fields: int) -> None:
-        with LOCK:
+        with ENTRIES_LOCK:
             value = self._read(nic)
             for name, number in fields.items():
                 setattr(value, name, number)

@@ -191,3 +191,23 @@ def test_attaching_again_keeps_the_guest_where_it_is(rig: Rig, vifs: Vifs) -> No
     known = {key.value for key in bpfsys.keys(rig.control.fd("nics"), ct.c_uint32)}
     assert (rig.ifindex["standby1"] in known, rig.ifindex["vif1"] in known) == (True, False)
     assert rig.plane.is_attached(as_primary)
+
+
+def test_an_exemption_is_known_behind_each_vif_whose_own_flags_stay(rig: Rig, vifs: Vifs) -> None:
+    def entries() -> dict[str, tuple[int, int]]:
+        found = {}
+        for device in ("vif1", "standby1"):
+            value = rig.control.shapes.leaf("nics")()
+            assert bpfsys.lookup(rig.control.fd("nics"), ct.c_uint32(rig.ifindex[device]), value)
+            found[device] = (int(value.exempts), int(value.flags))
+        return found
+
+    offer(rig, vifs)
+    rig.control.clear_translations(PAIR)
+    vifs.settle()
+    flags = {device: flags for device, (_, flags) in entries().items()}
+    assert flags["vif1"] != flags["standby1"], "else this shows nothing"
+    rig.control.exempt_add(17, 123, "0.0.0.0/0", nic=NIC)
+    assert entries() == {device: (1, flags[device]) for device in flags}
+    rig.control.exempt_del(17, 123, "0.0.0.0/0", nic=NIC)
+    assert entries() == {device: (0, flags[device]) for device in flags}

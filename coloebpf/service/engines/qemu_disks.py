@@ -114,6 +114,7 @@ class Disks:
         self._daemon = daemon
         try:
             noted = json.loads(self._notes.read_text())
+            self._disks = []
             for i, (one, note) in enumerate(zip(self._config.disks, noted, strict=True)):
                 disk = Disk(i, one.directory, note["size"])
                 disk.layers, disk.prepared, disk.settled = note["layers"], note["prepared"], note["settled"]
