@@ -29,7 +29,7 @@ SSH_OPTIONS = {
 }
 PUSHED = ("coloebpf", "bpf", "deploy", "pyproject.toml", "README.md")
 COMMAND_TIMEOUT = 300.0  # seconds; only bounds a hang
-PING_TIMEOUT = 300.0
+PING_TIMEOUT = 1500.0
 
 
 class Lab:
