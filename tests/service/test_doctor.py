@@ -356,7 +356,11 @@ def xen_config() -> Config:
 @pytest.fixture
 def xen(root: Path) -> Path:
     """A dom0 whose toolstack has COLO, with a guest that can use it."""
-    write(root, "usr/lib/x86_64-linux-gnu/libxenlight.so.4.17", "\0" * 9000 + "\0receive qemu colo-compare checkpoint error\0")
+    write(
+        root,
+        "usr/lib/x86_64-linux-gnu/libxenlight.so.4.17",
+        "\0" * 9000 + "\0receive qemu colo-compare checkpoint error\0",
+    )
     write(root, "usr/libexec/xen-qemu-system-i386", "\0" * 5000 + "xen-colo-do-checkpoint\0")
     write(root, "etc/xen/web.cfg", GOOD_GUEST)
     return root

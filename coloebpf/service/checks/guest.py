@@ -17,8 +17,8 @@ from coloebpf.service.config import PairConfig
 from coloebpf.xen import xlcfg
 
 LIBRARIES = ("usr/lib/*/libxenlight.so.*", "usr/lib/xen-*/lib/*/libxenlight.so.*", "usr/local/lib/libxenlight.so.*")
-# Is in a libxenlight that was built with libnl, and in no other. An argument of a call: what initialises an array, as its
-# words to the endpoint do, the compiler may scatter over instructions.
+# Is in a libxenlight that was built with libnl, and in no other. An argument of a call, for what initialises an array,
+# as libxl's words to the endpoint do, the compiler may scatter over instructions.
 IN_COLO = b"qemu colo-compare"
 QEMUS = (
     "usr/libexec/xen-qemu-system-i386",
