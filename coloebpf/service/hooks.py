@@ -7,6 +7,7 @@ process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -16,9 +17,9 @@ from coloebpf import pins, snapshot
 from coloebpf.control import Control
 from coloebpf.dataplane import Dataplane
 from coloebpf.detaching import detach
-from coloebpf.errors import ServiceError
-from coloebpf.model import Sizes, State
-from coloebpf.service.config import Config, Exemption, PairConfig
+from coloebpf.errors import DeviceError, ServiceError
+from coloebpf.model import Role, Sizes, State
+from coloebpf.service.config import Config, Exemption, NicConfig, PairConfig
 from coloebpf.service.control_socket import answers
 from coloebpf.service.log import say
 from coloebpf.xen import ports
@@ -71,8 +72,7 @@ class Hooks:
         for nic in pair.nics:
             spec = nic.spec(pair)
             if pair.engine == "libxl-live":
-                for vif in (nic.vif, nic.standby_vif):
-                    await asyncio.to_thread(ports.ensure, vif, nic.bridge, plane.sizes.mtu)
+                await asyncio.to_thread(_make_ports, pair, nic, plane.sizes.mtu)
             if self._same and await asyncio.to_thread(plane.is_attached, spec):
                 continue
             await asyncio.to_thread(plane.attach, spec)
@@ -140,6 +140,15 @@ class Hooks:
         if self._plane is None:
             raise ServiceError(LOADING)
         return self._plane
+
+
+def _make_ports(pair: PairConfig, nic: NicConfig, mtu: int) -> None:
+    """What a killed secondary's service has left waiting must not be in a primary's way."""
+    for vif in (nic.vif, nic.standby_vif):
+        ports.ensure(vif, nic.bridge, mtu)
+        if pair.role is Role.PRIMARY:
+            with contextlib.suppress(DeviceError):  # nothing is held
+                ports.release(vif)
 
 
 def _entry(exempt: Exemption) -> tuple[int, int, str]:

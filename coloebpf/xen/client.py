@@ -35,12 +35,16 @@ class Worker:
     @classmethod
     async def start(cls, log: Path, seconds: float, argv: Sequence[str] = ARGV) -> Worker:
         """Raises XenError if libxl can't be had on this host. It takes some 0.1 s when the machine is not busy."""
-        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with its, log.open("wb") as words:
-            process = await asyncio.create_subprocess_exec(
-                *argv, stdin=its.fileno(), stdout=words, stderr=words, start_new_session=True
-            )
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with its, log.open("wb") as words:
+                process = await asyncio.create_subprocess_exec(
+                    *argv, stdin=its.fileno(), stdout=words, stderr=words, start_new_session=True
+                )
+        except OSError as e:
+            mine.close()
+            raise XenError(f"no process for libxl can be started ({e})") from e
         mine.setblocking(False)
         worker = cls(process, mine, log)
         try:

@@ -110,6 +110,7 @@ def test_a_copy_that_fails_leaves_the_old_svm(play: Callable[[Test], None]) -> N
         assert ("a", Suspended()) in rig.events
         assert rig.secondary.svm is old
         assert rig.vifs.now == 11
+        await rig.until(lambda: "release tapB" in rig.steps, "that nothing waits for it any more")
         assert not rig.pvm()["suspended"]
         mend()
         await rig.checkpoint()

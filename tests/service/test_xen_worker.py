@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from coloebpf.errors import XenError
+from coloebpf.service.engines.xen_domains import index_of
 from coloebpf.xen import client, libxl, stream
 from coloebpf.xen.guest import placed
 from tests.service.xen_rig import guest
@@ -25,6 +26,20 @@ def test_no_xen_here(tmp_path: Path) -> None:
             await client.Worker.start(tmp_path / "worker.log", 60)
 
     asyncio.run(test())
+
+
+def test_no_process_can_be_started(tmp_path: Path) -> None:
+    async def test() -> None:
+        for log, argv in ((tmp_path / "worker.log", ("/none",)), (Path("/proc/none/worker.log"), client.ARGV)):
+            with pytest.raises(XenError, match="no process for libxl can be started"):
+                await client.Worker.start(log, 60, argv)
+
+    asyncio.run(test())
+
+
+def test_no_such_port() -> None:
+    with pytest.raises(XenError, match="there is no port none0"):
+        index_of("none0")
 
 
 def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:

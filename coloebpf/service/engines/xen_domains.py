@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import socket
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from coloebpf.errors import XenError
 from coloebpf.service.config import LibxlLiveConfig, PairConfig
 from coloebpf.service.log import say
 from coloebpf.xen.client import ARGV, Libxl, Worker
@@ -18,6 +20,14 @@ from coloebpf.xen.libxl import Domain
 SLOTS = (0, 1)
 
 logger = logging.getLogger("coloebpf.xen")
+
+
+def index_of(vif: str) -> int:
+    """A device's number. Raises XenError if it is not there."""
+    try:
+        return socket.if_nametoindex(vif)
+    except OSError as e:
+        raise XenError(f"there is no port {vif}: the service makes it at its start") from e
 
 
 class Domains:
@@ -102,8 +112,11 @@ class Domains:
     def new_uuid(self, slot: int) -> str:
         """Of the next copy there. It is written down first: a restore that is killed may leave it without a name."""
         fresh = str(uuid.uuid4())
-        self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._note(slot).write_text(json.dumps(fresh))
+        try:
+            self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._note(slot).write_text(json.dumps(fresh))
+        except OSError as e:
+            raise XenError(f"{self._note(slot)} can't be written: {e.strerror}") from e
         return fresh
 
     async def clear(self, slot: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable
 
 from coloebpf.errors import EngineError, XenError
@@ -26,7 +25,7 @@ from coloebpf.service.engine import (
 )
 from coloebpf.service.engines.standby import Standby
 from coloebpf.service.engines.xen_copy import Copy
-from coloebpf.service.engines.xen_domains import Domains
+from coloebpf.service.engines.xen_domains import Domains, index_of
 from coloebpf.service.log import say
 
 WANTED = (State.SYNCING, State.LOCKSTEP, State.CHECKPOINTING)
@@ -52,7 +51,7 @@ class XenPrimary:
         tell: Say,
         state: Callable[[], State],
         here: Callable[[], int],
-        index: Callable[[str], int] = socket.if_nametoindex,
+        index: Callable[[str], int] = index_of,
     ) -> None:
         self._domains, self._emit_to, self._say_to, self._state = domains, emit, tell, state
         self._here, self._index = here, index

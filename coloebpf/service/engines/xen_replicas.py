@@ -128,6 +128,7 @@ class Replicas:
             standby.restoring.cancel()
             await asyncio.wait((standby.restoring,))
         await standby.worker.end()
+        await self._places.release(standby.slot)
         await self._domains.clear(standby.slot)
 
     def lost(self, standby: Standby, reason: str) -> None:

@@ -15,7 +15,7 @@ from coloebpf.errors import EngineError, XenError
 from coloebpf.model import State
 from coloebpf.service.engine import DomainGone, Emit, EngineEvent, Ready, Replacing, Say
 from coloebpf.service.engines.standby import Door
-from coloebpf.service.engines.xen_domains import Domains
+from coloebpf.service.engines.xen_domains import Domains, index_of
 from coloebpf.service.engines.xen_places import Places, Ports
 from coloebpf.service.engines.xen_primary import TEND_S, WANTED
 from coloebpf.service.engines.xen_replicas import Replicas, Standby, Svm
@@ -48,7 +48,7 @@ class XenSecondary:
         emit: Emit,
         tell: Say,
         state: Callable[[], PairState],
-        index: Callable[[str], int] = socket.if_nametoindex,
+        index: Callable[[str], int] = index_of,
     ) -> None:
         self._domains, self._emit_to, self._say_to, self._pair = domains, emit, tell, state
         self._places = Places(nics, domains, vifs, ports, index)
@@ -169,7 +169,11 @@ class XenSecondary:
     def _try(self, standby: Standby) -> bool:
         """Client frames go to the standby's ports from here on, in the PVM's numbers; they wait there."""
         before = self._pair().epoch
-        self._places.offer(standby.slot)
+        try:
+            self._places.offer(standby.slot)
+        except XenError as e:
+            self._replicas.lost(standby, str(e))
+            return False
         self._emit(Replacing())
         standby.trial = self._pair().epoch != before
         if not standby.trial:

@@ -1,0 +1,164 @@
+"""An HVM guest protected by the engine libxl-live on two real Xen hosts, with Debian's own packages: checkpoints, a failover."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from coloebpf.netns import inside
+from tests.xen import service
+from tests.xen.guests import BRIDGE, Guest
+from tests.xen.lab import Lab
+from tests.xen.plan import DIRECT, FORWARD, HOSTS
+
+pytestmark = [pytest.mark.xen, pytest.mark.timeout(7200)]
+REDIS = 6379
+PATIENCE_S = 1200.0  # seconds; only bounds a hang
+GUEST = Guest("web", "hvm", 21, 128)
+
+
+def write_configuration(lab: Lab, host: int) -> None:
+    other = 3 - host
+    lab.write(
+        host,
+        service.CONFIG,
+        f"""
+[host]
+name = "host{host}"
+[peer]
+name = "host{other}"
+listen = "{lab.plan.address(DIRECT, host)}:7788"
+connect = "{lab.plan.address(DIRECT, other)}:7788"
+heartbeat_interval_ms = 500
+heartbeat_timeout_ms = 20000
+[arbiter.command]
+fence = ["/bin/true"]  # the test has turned it off
+[[pair]]
+name = "web"
+number = 0
+role = "{"primary" if host == 1 else "secondary"}"
+engine = "libxl-live"
+arbiter = "command"
+commit_timeout_ms = 1200000
+compare_timeout_ms = 10000
+interval_max_ms = 3000000
+storm_count = 10000
+storm_window_ms = 200000
+calm_ms = 200000
+[[pair.nic]]
+number = 0
+vif = "web0"
+standby_vif = "web1"
+fwd = "{FORWARD}0"
+mac = "{GUEST.mac}"
+bridge = "{BRIDGE}"
+[pair.libxl_live]
+domain = "web"
+listen = "{lab.plan.address(DIRECT, host)}:7790"
+copy_timeout_s = 600
+step_timeout_s = 300
+""",
+    )
+
+
+class Counter:
+    """A redis client on one connection that counts; what it was told never goes back."""
+
+    def __init__(self, lab: Lab) -> None:
+        with inside(lab.plan.name):
+            self._socket = socket.create_connection((GUEST.address, REDIS), timeout=PATIENCE_S)
+        self._said = self._socket.makefile("rb")
+        self.value = 0
+
+    def ask(self, command: str) -> str:
+        self._socket.sendall(command.encode() + b"\r\n")
+        return self._said.readline().decode().strip()
+
+    def count(self) -> None:
+        """One more; the answer must be the next number."""
+        answer = self.ask("INCR n")
+        assert answer == f":{self.value + 1}", (answer, self.value)
+        self.value += 1
+
+
+@dataclasses.dataclass
+class Protected:
+    lab: Lab
+    counter: Counter
+
+
+def pair(lab: Lab, host: int) -> dict[str, Any]:
+    [found] = service.status(lab, host)["pairs"]
+    return dict(found)
+
+
+def until(there: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not there():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def protected(lab: Lab) -> Iterator[Protected]:
+    service.hand_out_certificates(lab)
+    for host in HOSTS:
+        lab.run(host, "install -m 755 /opt/coloebpf/deploy/xen/vif-coloebpf /etc/xen/scripts/")
+        write_configuration(lab, host)
+        config = GUEST.config().replace(f"bridge={BRIDGE}", "bridge=web0-x,script=vif-coloebpf")
+        lab.write(host, "/etc/xen/web.cfg", config)
+    for host in HOSTS:
+        service.start(lab, host)
+    lab.run(1, "xl create -q /etc/xen/web.cfg")
+    lab.await_answer(GUEST)
+    try:
+        yield Protected(lab, Counter(lab))
+    finally:
+        for host in lab.running():
+            service.stop(lab, host)
+            lab.run(host, "for name in web web--0 web--1; do xl destroy $name; done 2>/dev/null", check=False)
+
+
+def test_doctor_is_content(protected: Protected) -> None:
+    for host in HOSTS:
+        rows = json.loads(protected.lab.run(host, "coloebpf doctor --json", check=False))["findings"]
+        assert not [row for row in rows if row["check"] == "libxl-live" and row["level"] == "fail"], rows
+    protected.lab.run(1, "coloebpf config xl /etc/xen/web.cfg")
+
+
+def test_protect(protected: Protected) -> None:
+    """The first copy; the guest goes on, and its one connection too."""
+    lab, counter = protected.lab, protected.counter
+    counter.count()
+    print(lab.run(1, "coloebpf protect web", timeout=PATIENCE_S))
+    assert pair(lab, 1)["state"] == "lockstep"
+    for _ in range(10):
+        counter.count()
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_checkpoints(protected: Protected, number: int) -> None:
+    lab, counter = protected.lab, protected.counter
+    began = time.monotonic()
+    print(lab.run(1, "coloebpf checkpoint web", timeout=PATIENCE_S), f"{time.monotonic() - began:.1f} s")
+    for _ in range(5):
+        counter.count()
+    until(lambda: len(lab.run(2, "xl list").splitlines()) <= 4, "the old one's end")
+
+
+def test_failover(protected: Protected) -> None:
+    """Host 1 loses its power; the connection goes on, the counter does not go back."""
+    lab, counter = protected.lab, protected.counter
+    lab.kill(1)
+    began = time.monotonic()
+    for _ in range(5):
+        counter.count()
+        print(f"{counter.value} after {time.monotonic() - began:.1f} s")
+    assert pair(lab, 2)["state"] == "promoted"
+    assert " web " in lab.run(2, "xl list").replace("web  ", " web ")
