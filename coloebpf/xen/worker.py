@@ -79,7 +79,14 @@ class Worker:
                 return None
             case "restore":
                 return self._restore(**arguments)
-            case "resume" | "pause" | "unpause" | "destroy" | "rename":
+            case "unpause":
+                domain = self._xen.domain(**arguments)
+                if (
+                    domain is None or domain.paused
+                ):  # Xen refuses it for one that runs
+                    self._xen.unpause(**arguments)
+                return None
+            case "resume" | "pause" | "destroy" | "rename":
                 getattr(self._xen, do)(**arguments)
                 return None
         raise XenError(f"the worker knows no order {do!r}")

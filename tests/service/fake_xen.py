@@ -91,7 +91,8 @@ class FakeXen:
 
     def unpause(self, domid: int) -> None:
         self._begin("unpause", domid)
-        self.read(domid)
+        if not self.read(domid)["paused"]:
+            raise XenError(f"libxl_domain_unpause of domain {domid}: it failed (-3)")  # seen on Xen 4.17
         self.write(domid, paused=False)
 
     def destroy(self, domid: int) -> None:

@@ -96,7 +96,7 @@ class Protected:
 
 
 def pair(lab: Lab, host: int) -> dict[str, Any]:
-    [found] = service.status(lab, host)["pairs"]
+    [found] = service.status(lab, host)["service"]["pairs"]
     return dict(found)
 
 
@@ -123,6 +123,7 @@ def protected(lab: Lab) -> Iterator[Protected]:
         yield Protected(lab, Counter(lab))
     finally:
         for host in lab.running():
+            lab.run(host, "coloebpf unprotect web", check=False)  # else its programs stay
             service.stop(lab, host)
             lab.run(host, "for name in web web--0 web--1; do xl destroy $name; done 2>/dev/null", check=False)
 
