@@ -10,7 +10,7 @@ from coloebpf.model import State
 from tests.fence import pass_all_cpus
 from tests.unit.rig import DROP, PASS, Rig, next_port, tcp
 from tests.unit.test_translate import PVM_ISN, Connection
-from tests.unit.test_translate_ends import known_after
+from tests.unit.test_translate_ends import kept_until, known_after
 
 pytestmark = pytest.mark.kernel
 
@@ -48,7 +48,7 @@ def test_an_established_connection_is_not_forgotten(rig: Rig, port: int) -> None
 
 def test_one_that_has_ended_is(rig: Rig, port: int) -> None:
     both_send(rig, port, 7, flags="FA")
-    assert known_after(rig, CLOSED_S - 1)
+    assert kept_until(rig, CLOSED_S)
     assert not known_after(rig, 2)
 
 
@@ -69,7 +69,7 @@ def test_a_bare_ack_of_no_known_connection_opens_none(rig: Rig) -> None:
     port = next_port()
     assert rig.output(tcp(port, 1)) == DROP
     svm_sends(tcp(port, 1))
-    assert known_after(rig, HALF_OPEN_S - 1)
+    assert kept_until(rig, HALF_OPEN_S)
     assert not known_after(rig, 2)
 
 
@@ -87,7 +87,7 @@ def test_a_secondary_forgets_what_it_knew_before_a_new_protection(rig: Rig) -> N
     rig.control.set_state(1, State.UNPROTECTED)
     rig.control.clear_translations(1)
     rig.control.set_state(1, State.SYNCING)
-    assert known_after(rig, HALF_OPEN_S - 1)
+    assert kept_until(rig, HALF_OPEN_S)
     assert not known_after(rig, 2)
 
 
