@@ -81,9 +81,7 @@ class Worker:
                 return self._restore(**arguments)
             case "unpause":
                 domain = self._xen.domain(**arguments)
-                if (
-                    domain is None or domain.paused
-                ):  # Xen refuses it for one that runs
+                if domain is None or domain.paused:  # Xen refuses it for one that runs
                     self._xen.unpause(**arguments)
                 return None
             case "resume" | "pause" | "destroy" | "rename":
