@@ -74,9 +74,16 @@ class Counter:
 
     def __init__(self, lab: Lab) -> None:
         with inside(lab.plan.name):
-            self._socket = socket.create_connection((GUEST.address, REDIS), timeout=PATIENCE_S)
+            until(self._connects, "the guest's server, which is up later than its answer to a ping")
         self._said = self._socket.makefile("rb")
         self.value = 0
+
+    def _connects(self) -> bool:
+        try:
+            self._socket = socket.create_connection((GUEST.address, REDIS), timeout=PATIENCE_S)
+        except ConnectionRefusedError:
+            return False
+        return True
 
     def ask(self, command: str) -> str:
         self._socket.sendall(command.encode() + b"\r\n")
