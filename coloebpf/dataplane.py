@@ -75,7 +75,7 @@ class Dataplane:
         """Hangs the programs on the NIC's devices, in the caller's network namespace.
 
         Again over a running one: replaces them without a gap, and keeps the NIC's exemptions. When it fails, what this
-        call has added to hooks and maps is taken away again; the offloads of `fwd` stay off.
+        call has added to hooks and maps is taken away again; `fwd` stays promiscuous, its offloads off.
 
         With a `standby_vif` the guest is behind whichever of the two it was, and a secondary's hooks are on both.
         """
@@ -89,6 +89,7 @@ class Dataplane:
             ours = [devices.check_free(device, side) for device, side, _ in hooks]
             xdp_ours = devices.check_xdp_free(fwd)
             tuning.offloads_off(spec.fwd)
+            devices.hear_all(fwd)
             made = dict.fromkeys((vif.index for vif in vifs), 0)
             for device in (*vifs, fwd):
                 if devices.ensure_clsact(device):

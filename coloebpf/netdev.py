@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
+from pyroute2.netlink.rtnl.ifinfmsg import IFF_PROMISC
 
 from coloebpf import bpfsys
 from coloebpf.errors import ConfigError, DeviceError, HookBusyError
@@ -180,6 +181,10 @@ class Devices:
             except NetlinkError as e:
                 refused.append(os.strerror(e.code))
         raise DeviceError(f"{device.name} takes no XDP program (mode {mode}): {', then '.join(refused)}")
+
+    def hear_all(self, device: Device) -> None:
+        """Frames on the forward link have clients' and guests' addresses: a NIC keeps those from its host otherwise."""
+        self._ip.link("set", index=device.index, flags=IFF_PROMISC, mask=IFF_PROMISC)
 
     def _set_xdp(self, index: int, fd: int, flags: int) -> None:
         self._ip.link("set", index=index, xdp={"attrs": [("IFLA_XDP_FD", fd), ("IFLA_XDP_FLAGS", flags)]})

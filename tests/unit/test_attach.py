@@ -245,3 +245,9 @@ def test_control_gives_back_its_descriptors(host: Loaded) -> None:
         control.sweep()
         assert count() > before
     assert count() == before
+
+
+def test_the_forward_device_hears_frames_for_others(rig: Rig) -> None:
+    """They have clients' and guests' addresses; seen on Xen's hosts, whose virtio NICs keep such frames to themselves."""
+    shown = subprocess.run(["ip", "link", "show", "dev", "fwd0"], capture_output=True, text=True, check=True).stdout
+    assert "PROMISC" in shown, shown
