@@ -10,15 +10,22 @@ from typing import Literal
 from coloebpf.model import MAX_NICS, MAX_PAIRS, NicSpec, Policy, Role
 from coloebpf.service import config_checks
 from coloebpf.service import config_keys as keys
-from coloebpf.service.config_engines import LibxlColoConfig, LibxlLiveConfig, ModelConfig, QemuConfig, QemuDisk
+from coloebpf.service.config_engines import (
+    LibxlColoConfig,
+    LibxlLiveConfig,
+    LibxlRemusConfig,
+    ModelConfig,
+    QemuConfig,
+    QemuDisk,
+)
 from coloebpf.service.config_keys import HOUR_MS, Address, ms, setting, table
 from coloebpf.service.config_reader import ConfigErrors, Mistake, Reader
 from coloebpf.service.peer.witness import GRACE_MAX_MS
 
 __all__ = [
     "Address", "ArbiterConfig", "CommandConfig", "Config", "ConfigErrors", "EtcdConfig", "Exemption", "HostConfig",
-    "LibxlColoConfig", "LibxlLiveConfig", "Mistake", "ModelConfig", "NicConfig", "PairConfig", "PeerConfig",
-    "QemuConfig", "QemuDisk", "load", "parse",
+    "LibxlColoConfig", "LibxlLiveConfig", "LibxlRemusConfig", "Mistake", "ModelConfig", "NicConfig", "PairConfig",
+    "PeerConfig", "QemuConfig", "QemuDisk", "load", "parse",
 ]  # fmt: skip
 
 MAX_VLAN = 4094  # IEEE 802.1Q: 4,095 is reserved
@@ -117,8 +124,10 @@ class PairConfig:
     name: str = setting(keys.NAME, "the pair's name, in commands, logs and metrics", shown="web")
     number: int = setting(keys.integer(0, MAX_PAIRS - 1), "of the dataplane, the same on both hosts", shown=0)
     role: Role = setting(keys.member(Role), "what this host is to the guest", shown="primary")
-    engine: Literal["libxl-colo", "libxl-live", "qemu", "model"] = setting(
-        keys.choice("libxl-colo", "libxl-live", "qemu", "model"), "what makes the checkpoints", shown="libxl-colo"
+    engine: Literal["libxl-colo", "libxl-live", "libxl-remus", "qemu", "model"] = setting(
+        keys.choice("libxl-colo", "libxl-live", "libxl-remus", "qemu", "model"),
+        "what makes the checkpoints",
+        shown="libxl-colo",
     )
     arbiter: Literal["none", "etcd", "command"] = setting(
         keys.choice("none", "etcd", "command"), "who says which host goes on alone", "none", shown="command"
@@ -164,8 +173,20 @@ class PairConfig:
     exempts: tuple[Exemption, ...] = table(Exemption, "exempt", "passes uncompared", (), many=True, live=True)
     libxl_colo: LibxlColoConfig | None = table(LibxlColoConfig, "libxl_colo", 'for engine = "libxl-colo"', None)
     libxl_live: LibxlLiveConfig | None = table(LibxlLiveConfig, "libxl_live", 'for engine = "libxl-live"', None)
+    libxl_remus: LibxlRemusConfig | None = table(LibxlRemusConfig, "libxl_remus", 'for engine = "libxl-remus"', None)
     qemu: QemuConfig | None = table(QemuConfig, "qemu", 'for engine = "qemu"', None)
     model: ModelConfig = table(ModelConfig, "model", 'for engine = "model"', ModelConfig())
+
+    @property
+    def relayed(self) -> bool:
+        """`xl remus` is started and ended by this service, and its stream goes through a relay."""
+        colo = self.engine == "libxl-colo" and self.libxl_colo is not None and self.libxl_colo.stream_listen is not None
+        return colo or self.engine == "libxl-remus"
+
+    @property
+    def on_ports(self) -> bool:
+        """Its vifs are ports that this service makes (coloebpf/xen/ports.py)."""
+        return self.engine == "libxl-live" or self.relayed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from coloebpf.xen.guest import MAX_NAME, SUFFIX
 
 if TYPE_CHECKING:
     from coloebpf.service.config import Config, EtcdConfig, NicConfig, PairConfig
+    from coloebpf.service.config_engines import XenGuestConfig
 
 LIBXL_INTERVAL_MS = 5000  # libxl checkpoints by itself after that time (shared/reference/xen-libxl-colo.md)
 HEARTBEATS = 2  # that may be late or lost before the other host is
@@ -37,7 +38,7 @@ def check(config: Config, reader: Reader) -> None:
     for at, pair in pairs:
         _times(reader, at, pair)
         _engine(reader, at, pair)
-        if pair.engine == "libxl-colo" and pair.arbiter == "etcd":
+        if pair.engine == "libxl-colo" and not pair.relayed and pair.arbiter == "etcd":
             # libxl goes on copying a halted PVM over the promoted SVM for as long as its host and xl live.
             why = 'must be "command" or "none" with engine libxl-colo: only an end of that host ends libxl there'
             reader.wrong(f"{at}.arbiter", "is etcd", why)
@@ -65,6 +66,10 @@ def _listening(config: Config, pairs: Pairs) -> Iterator[tuple[str, Address]]:
     for at, pair in pairs:
         if pair.engine == "libxl-colo" and pair.libxl_colo:
             yield f"{at}.libxl_colo.listen", pair.libxl_colo.listen
+            if pair.libxl_colo.stream_listen:
+                yield f"{at}.libxl_colo.stream_listen", pair.libxl_colo.stream_listen
+        if pair.engine == "libxl-remus" and pair.libxl_remus:
+            yield f"{at}.libxl_remus.stream_listen", pair.libxl_remus.stream_listen
         if pair.engine == "libxl-live" and pair.libxl_live:
             yield f"{at}.libxl_live.listen", pair.libxl_live.listen
         if pair.engine == "qemu" and pair.qemu:
@@ -105,7 +110,7 @@ def _times(reader: Reader, at: str, pair: PairConfig) -> None:
     below("interval_min_ms", "periodic_interval_ms", equal=True)
     below("periodic_interval_ms", "interval_max_ms", equal=True)
     below("storm_window_ms", "calm_ms", equal=True)
-    if pair.engine == "libxl-colo" and pair.interval_max_ms >= LIBXL_INTERVAL_MS:
+    if pair.engine == "libxl-colo" and not pair.relayed and pair.interval_max_ms >= LIBXL_INTERVAL_MS:
         why = f"must be below {LIBXL_INTERVAL_MS}: libxl checkpoints by itself then"
         reader.wrong(f"{at}.interval_max_ms", f"is {pair.interval_max_ms}", why)
     fastest = pair.storm_count * pair.interval_min_ms
@@ -118,9 +123,13 @@ def _engine(reader: Reader, at: str, pair: PairConfig) -> None:
     if pair.engine == "qemu":
         _qemu(reader, at, pair)
     if pair.engine == "libxl-live":
-        _libxl_live(reader, at, pair)
+        _xen(reader, at, pair, "libxl_live", pair.libxl_live, standby=True)
+    if pair.engine == "libxl-remus":
+        _xen(reader, at, pair, "libxl_remus", pair.libxl_remus, standby=False)
     if pair.engine != "libxl-colo":
         return
+    if pair.relayed:
+        _xen(reader, at, pair, "libxl_colo", pair.libxl_colo, standby=False)
     if not pair.libxl_colo:
         _missing(reader, f"{at}.libxl_colo", f'{at}.engine = "libxl-colo" needs it')
         return
@@ -130,24 +139,25 @@ def _engine(reader: Reader, at: str, pair: PairConfig) -> None:
         reader.wrong(f"{at}.libxl_colo.listen", f"is {listen}", why)
 
 
-def _libxl_live(reader: Reader, at: str, pair: PairConfig) -> None:
-    needs = f'{at}.engine = "libxl-live" needs'
-    if not pair.libxl_live:
-        _missing(reader, f"{at}.libxl_live", f"{needs} it")
-    elif pair.commit_timeout_ms < pair.libxl_live.copy_timeout_s * 1000:
-        why = f"must be at least {at}.libxl_live.copy_timeout_s, which is {pair.libxl_live.copy_timeout_s} s"
+def _xen(reader: Reader, at: str, pair: PairConfig, name: str, config: XenGuestConfig | None, standby: bool) -> None:
+    """`standby`: its copies are domains of their own, in turn behind two ports."""
+    needs = f'{at}.engine = "{pair.engine}" needs'
+    if not config:
+        _missing(reader, f"{at}.{name}", f"{needs} it")
+    elif pair.commit_timeout_ms < config.copy_timeout_s * 1000:
+        why = f"must be at least {at}.{name}.copy_timeout_s, which is {config.copy_timeout_s} s"
         reader.wrong(f"{at}.commit_timeout_ms", f"is {pair.commit_timeout_ms}", why)
     for i, nic in enumerate(pair.nics):
         if not nic:
             continue
-        if not nic.standby_vif:
+        if standby and not nic.standby_vif:
             _missing(reader, f"{at}.nic[{i}].standby_vif", f"{needs} a second port for each NIC")
         if not nic.bridge:
             _missing(reader, f"{at}.nic[{i}].bridge", f"{needs} to know where its ports belong")
         for key in ("vif", "standby_vif"):
-            if len(name := getattr(nic, key)) > MAX_NAME:
+            if len(port := getattr(nic, key)) > MAX_NAME:
                 why = f"must have {MAX_NAME} characters at most, for the other end's name has {SUFFIX} behind it"
-                reader.wrong(f"{at}.nic[{i}].{key}", f"is {name}", why)
+                reader.wrong(f"{at}.nic[{i}].{key}", f"is {port}", why)
 
 
 def _qemu(reader: Reader, at: str, pair: PairConfig) -> None:

@@ -10,23 +10,10 @@ from coloebpf.service.config_keys import HOUR_MS, Address, ms, setting, table
 
 
 @dataclass(frozen=True, kw_only=True)
-class LibxlColoConfig:
-    """[pair.libxl_colo]: for engine = "libxl-colo", the endpoint of `xl remus -c -p`."""
-
-    listen: Address = setting(
-        keys.ADDRESS, "loopback; colo_checkpoint_host and colo_checkpoint_port of the first vif", shown="127.0.0.1:9000"
-    )
-    domain: str = setting(keys.NAME, "the guest's name in xl", shown="web")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LibxlLiveConfig:
-    """[pair.libxl_live]: for engine = "libxl-live", guests of stock Xen that are copied by libxl's live migration."""
+class XenGuestConfig:
+    """What each engine on Xen has to know."""
 
     domain: str = setting(keys.NAME, "the guest's name in xl, on both hosts", shown="web")
-    listen: Address = setting(
-        keys.ADDRESS, "where this host takes the guest's memory; it is not encrypted on its way", shown="10.9.9.1:7790"
-    )
     copy_timeout_s: int = setting(
         keys.integer(1, 3600, "seconds"), "for a copy of all the guest's memory, while the guest runs", 120
     )
@@ -34,6 +21,40 @@ class LibxlLiveConfig:
         keys.integer(1, 600, "seconds"), "for each step of libxl behind that: so long the guest may stand still", 15
     )
     run_dir: Path = setting(keys.PATH, "records of the copies, and what libxl says", Path("/run/coloebpf/xen"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibxlColoConfig(XenGuestConfig):
+    """[pair.libxl_colo]: for engine = "libxl-colo", guests of a Xen whose tools were rebuilt with COLO."""
+
+    listen: Address = setting(
+        keys.ADDRESS, "loopback: where libxl's COLO connects to on the primary", shown="127.0.0.1:9000"
+    )
+    stream_listen: Address | None = setting(
+        keys.optional(keys.ADDRESS, None, "an operator starts `xl remus -c -p`, and its stream is xl's own business"),
+        "where this host takes the guest in; it is not encrypted on its way",
+        None,
+        shown="10.9.9.1:7792",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibxlRemusConfig(XenGuestConfig):
+    """[pair.libxl_remus]: for engine = "libxl-remus", which runs no SVM: output waits for the next checkpoint."""
+
+    stream_listen: Address = setting(
+        keys.ADDRESS, "where this host takes the guest in; it is not encrypted on its way", shown="10.9.9.1:7792"
+    )
+    interval_ms: int = setting(ms(10, 60_000), "libxl's own, between two checkpoints", 200)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibxlLiveConfig(XenGuestConfig):
+    """[pair.libxl_live]: for engine = "libxl-live", guests of stock Xen that are copied by libxl's live migration."""
+
+    listen: Address = setting(
+        keys.ADDRESS, "where this host takes the guest's memory; it is not encrypted on its way", shown="10.9.9.1:7790"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,13 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Overwriting:
+    """On the primary: the SVM is about to be touched, and its output proves nothing from here on. The PVM may run."""
+
+    requested: bool = True
+
+
+@dataclass(frozen=True)
 class Suspended:
     """The PVM stands still: what it sent before belongs to this checkpoint, and the old SVM proves nothing any more.
 
@@ -57,7 +64,7 @@ class Replacing:
     """
 
 
-EngineEvent = Ready | Suspended | Committed | Failed | SecondaryGone | DomainGone | Replacing
+EngineEvent = Ready | Overwriting | Suspended | Committed | Failed | SecondaryGone | DomainGone | Replacing
 Emit = Callable[[EngineEvent], None]
 
 

@@ -71,7 +71,7 @@ class Hooks:
         plane = self._loaded()
         for nic in pair.nics:
             spec = nic.spec(pair)
-            if pair.engine == "libxl-live":
+            if pair.on_ports:
                 await asyncio.to_thread(_make_ports, pair, nic, plane.sizes.mtu)
             if self._same and await asyncio.to_thread(plane.is_attached, spec):
                 continue
@@ -144,7 +144,7 @@ class Hooks:
 
 def _make_ports(pair: PairConfig, nic: NicConfig, mtu: int) -> None:
     """What a killed secondary's service has left waiting must not be in a primary's way."""
-    for vif in (nic.vif, nic.standby_vif):
+    for vif in filter(None, (nic.vif, nic.standby_vif)):
         ports.ensure(vif, nic.bridge, mtu)
         if pair.role is Role.PRIMARY:
             with contextlib.suppress(DeviceError):  # nothing is held

@@ -21,6 +21,7 @@ from coloebpf.service.engine import (
     EngineEvent,
     Failed,
     Inquiring,
+    Overwriting,
     Ready,
     SecondaryGone,
     Suspended,
@@ -184,6 +185,8 @@ class Primary(Protecting):
             case Ready():
                 self.engine_ready = True
                 self.say(logging.INFO, "engine is ready", engine=self.engine.name)
+            case Overwriting():
+                self._overwriting()
             case Suspended():
                 self._suspended(event.requested)
             case Committed():
@@ -196,6 +199,13 @@ class Primary(Protecting):
                 self.engine_ready = False
                 self.go(Trigger.LEASE_LOST, event.reason)
         self.consider()
+
+    def _overwriting(self) -> None:
+        """From here on a commit is due, also of one that the engine has begun by itself."""
+        if self.machine.state in REPLICATED:
+            hold = partial(self.out.control.set_state, self.number, State.CHECKPOINTING)
+            self.go(Trigger.SUSPENDED, "the SVM is about to be overwritten", hold)
+            self.ledger.unasked(self.out.clock())
 
     def _suspended(self, requested: bool) -> None:
         if self.machine.state not in (State.SYNCING, *REPLICATED) or not self._recorded:

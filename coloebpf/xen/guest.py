@@ -27,11 +27,15 @@ class Wrong:
     advice: str
 
 
-def unfit(config: str, bridges: Sequence[Sequence[str]]) -> list[Wrong]:
-    """Why this guest can't be protected. `bridges`: for each NIC the ports (ports.py) that it may be behind."""
+def unfit(config: str, bridges: Sequence[Sequence[str]], emulated: bool = True) -> list[Wrong]:
+    """Why this guest can't be protected. `bridges`: for each NIC the ports (ports.py) that it may be behind.
+
+    `emulated` False: there is no second guest that must send the same, so it may have PV drivers.
+    """
     try:
         whole = json.loads(config)
-        return [*_machine(whole), *_nics(whole.get("nics", []), bridges), *_disks(whole.get("disks", []))]
+        machine = _machine(whole) if emulated else ()
+        return [*machine, *_nics(whole.get("nics", []), bridges, emulated), *_disks(whole.get("disks", []))]
     except (ValueError, AttributeError, TypeError, KeyError) as e:
         raise XenError(f"libxl's description of the guest can't be read: {e!r}") from e
 
@@ -49,7 +53,7 @@ def _machine(config: Mapping[str, Any]) -> Iterator[Wrong]:
         )
 
 
-def _nics(nics: Sequence[Mapping[str, Any]], bridges: Sequence[Sequence[str]]) -> Iterator[Wrong]:
+def _nics(nics: Sequence[Mapping[str, Any]], bridges: Sequence[Sequence[str]], emulated: bool) -> Iterator[Wrong]:
     if len(nics) != len(bridges):
         yield Wrong(
             f"the guest has {len(nics)} NICs, the pair {len(bridges)}",
@@ -57,7 +61,7 @@ def _nics(nics: Sequence[Mapping[str, Any]], bridges: Sequence[Sequence[str]]) -
         )
         return
     for number, (nic, ports) in enumerate(zip(nics, bridges, strict=True)):
-        if nic.get("nictype") != "vif_ioemu":
+        if emulated and nic.get("nictype") != "vif_ioemu":
             yield Wrong(f"vif {number} is not emulated alone", "type=ioemu,model=e1000 in its line")
         if str(nic.get("script", "")).rpartition("/")[2] != SCRIPT:
             yield Wrong(f"vif {number} is not joined by {SCRIPT}", f"script={SCRIPT} in its line")

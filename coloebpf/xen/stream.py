@@ -16,6 +16,7 @@ _ORDER = 0x01020304
 _FLAGS = 3  # the configuration is JSON; libxl's stream is of version 2
 _LENGTH = struct.Struct("=I")
 MAX_CONFIG = 1 << 20  # bytes; one of some 10 KiB is usual
+HEAD_BYTES = _HEAD.size
 
 
 def write_head(fd: int, config: str) -> None:
@@ -28,10 +29,16 @@ def write_head(fd: int, config: str) -> None:
 
 def read_head(fd: int) -> str:
     """The configuration; libxl's stream is next. Raises XenError for anything else."""
-    magic, order, flags, _, length = _HEAD.unpack(_exactly(fd, _HEAD.size))
+    length = check_head(_exactly(fd, HEAD_BYTES))
+    return _exactly(fd, length)[_LENGTH.size :].rstrip(b"\0").decode(errors="replace")
+
+
+def check_head(head: bytes) -> int:
+    """How many bytes with the configuration follow. Raises XenError for what is no header."""
+    magic, order, flags, _, length = _HEAD.unpack(head)
     if (magic, order, flags) != (_MAGIC, _ORDER, _FLAGS) or not _LENGTH.size < length < MAX_CONFIG:
         raise XenError("what came is no copy of a guest")
-    return _exactly(fd, length)[_LENGTH.size :].rstrip(b"\0").decode(errors="replace")
+    return int(length)
 
 
 def _exactly(fd: int, length: int) -> bytes:

@@ -247,7 +247,8 @@ def test_control_gives_back_its_descriptors(host: Loaded) -> None:
     assert count() == before
 
 
-def test_the_forward_device_hears_frames_for_others(rig: Rig) -> None:
+def test_the_forward_device_hears_frames_for_others(host: Loaded) -> None:
     """They have clients' and guests' addresses; seen on Xen's hosts, whose virtio NICs keep such frames to themselves."""
-    shown = subprocess.run(["ip", "link", "show", "dev", "fwd0"], capture_output=True, text=True, check=True).stdout
+    host.plane.attach(SPEC)
+    shown = subprocess.run(["ip", "link", "show", "dev", SPEC.fwd], capture_output=True, text=True, check=True).stdout
     assert "PROMISC" in shown, shown

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import pytest
 
-from coloebpf.netns import inside
 from tests.xen import service
+from tests.xen.counter import PATIENCE_S, Counter, until
 from tests.xen.guests import BRIDGE, Guest
 from tests.xen.lab import Lab
 from tests.xen.plan import DIRECT, FORWARD, HOSTS
 
 pytestmark = [pytest.mark.xen, pytest.mark.timeout(7200)]
-REDIS = 6379
-PATIENCE_S = 1200.0  # seconds; only bounds a hang
+DIVERGENCES = 20  # that each ask for a checkpoint
 GUEST = Guest("web", "hvm", 21, 128)
 
 
@@ -69,49 +67,16 @@ step_timeout_s = 300
     )
 
 
-class Counter:
-    """A redis client on one connection that counts; what it was told never goes back."""
-
-    def __init__(self, lab: Lab) -> None:
-        with inside(lab.plan.name):
-            until(self._connects, "the guest's server, which is up later than its answer to a ping")
-        self._said = self._socket.makefile("rb")
-        self.value = 0
-
-    def _connects(self) -> bool:
-        try:
-            self._socket = socket.create_connection((GUEST.address, REDIS), timeout=PATIENCE_S)
-        except ConnectionRefusedError:
-            return False
-        return True
-
-    def ask(self, command: str) -> str:
-        self._socket.sendall(command.encode() + b"\r\n")
-        return self._said.readline().decode().strip()
-
-    def count(self) -> None:
-        """One more; the answer must be the next number."""
-        answer = self.ask("INCR n")
-        assert answer == f":{self.value + 1}", (answer, self.value)
-        self.value += 1
-
-
 @dataclasses.dataclass
 class Protected:
     lab: Lab
     counter: Counter
+    server: Counter  # another connection to it
 
 
 def pair(lab: Lab, host: int) -> dict[str, Any]:
     [found] = service.status(lab, host)["service"]["pairs"]
     return dict(found)
-
-
-def until(there: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not there():
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(1)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +92,7 @@ def protected(lab: Lab) -> Iterator[Protected]:
     lab.run(1, "xl create -q /etc/xen/web.cfg")
     lab.await_answer(GUEST)
     try:
-        yield Protected(lab, Counter(lab))
+        yield Protected(lab, Counter(lab, GUEST.address), Counter(lab, GUEST.address))
     finally:
         for host in lab.running():
             lab.run(host, "coloebpf unprotect web", check=False)  # else its programs stay
@@ -143,32 +108,47 @@ def test_doctor_is_content(protected: Protected) -> None:
 
 
 def test_protect(protected: Protected) -> None:
-    """The first copy; the guest goes on, and its one connection too."""
+    """The first copy; the guest goes on, and its connections too."""
     lab, counter = protected.lab, protected.counter
     counter.count()
     print(lab.run(1, "coloebpf protect web", timeout=PATIENCE_S))
     assert pair(lab, 1)["state"] == "lockstep"
-    for _ in range(10):
-        counter.count()
+    counter.start()
+    counter.goes_on(20)
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_checkpoints(protected: Protected, number: int) -> None:
+def commits(lab: Lab) -> dict[str, int]:
+    return dict(pair(lab, 1)["checkpoints"])
+
+
+def test_divergences(protected: Protected) -> None:
+    """A real server's answers that can't be the same: each one waits for a checkpoint, while the load goes on."""
     lab, counter = protected.lab, protected.counter
-    began = time.monotonic()
-    print(lab.run(1, "coloebpf checkpoint web", timeout=PATIENCE_S), f"{time.monotonic() - began:.1f} s")
-    for _ in range(5):
-        counter.count()
-    until(lambda: len(lab.run(2, "xl list").splitlines()) <= 4, "the old one's end")
+    before = commits(lab)
+    times = []
+    for number in range(DIVERGENCES):
+        began = time.monotonic()
+        times.append(float(protected.server.time()))
+        print(f"answer {number} after {time.monotonic() - began:.1f} s, the count is {counter.value}")
+    after = commits(lab)
+    print(f"checkpoints: {after}; the longest that one of {counter.value} answers took: {counter.longest_s:.1f} s")
+    assert times == sorted(times)
+    assert after["divergence"] - before.get("divergence", 0) >= DIVERGENCES, (before, after)
+    counter.goes_on(1)
+
+
+def test_old_replicas_end(protected: Protected) -> None:
+    until(lambda: len(protected.lab.run(2, "xl list").splitlines()) <= 4, "the old one's end")
 
 
 def test_failover(protected: Protected) -> None:
-    """Host 1 loses its power; the connection goes on, the counter does not go back."""
+    """Host 1 loses its power under load; the connections go on, the count does not go back."""
     lab, counter = protected.lab, protected.counter
     lab.kill(1)
     began = time.monotonic()
-    for _ in range(5):
-        counter.count()
-        print(f"{counter.value} after {time.monotonic() - began:.1f} s")
+    counter.goes_on(20)
+    print(f"20 more answers {time.monotonic() - began:.1f} s after host 1 lost its power")
+    counter.stop()
+    assert protected.server.time()
     assert pair(lab, 2)["state"] == "promoted"
     assert " web " in lab.run(2, "xl list").replace("web  ", " web ")

@@ -20,11 +20,15 @@ from coloebpf.service.engines.qemu_vms import Vms
 from coloebpf.service.engines.xen_domains import Domains
 from coloebpf.service.engines.xen_primary import XenPrimary
 from coloebpf.service.engines.xen_secondary import XenSecondary
+from coloebpf.service.engines.xen_stream import Stream
+from coloebpf.service.engines.xl_primary import XlPrimary
+from coloebpf.service.engines.xl_secondary import XlSecondary
 from coloebpf.service.fdstore import Kept, Notifier
 from coloebpf.service.log import say
 from coloebpf.service.peer.messages import EngineWord, Message
 from coloebpf.vifs import Vifs
 from coloebpf.xen import ports
+from coloebpf.xen.guest import port_of
 
 log = logging.getLogger("coloebpf.engines")
 
@@ -37,6 +41,8 @@ def make(
         return _qemu(pair, pair.qemu, control, send, emit)
     if pair.libxl_live is not None and pair.engine == "libxl-live":
         return _libxl_live(pair, pair.libxl_live, control, send, emit)
+    if pair.relayed:
+        return _relayed(pair, control, send, emit)
     if pair.libxl_colo is not None and pair.engine == "libxl-colo":
         alive = partial(xl.domain_alive, pair.libxl_colo.domain)
         return LibxlColoEngine(pair.name, pair.role, pair.libxl_colo.listen, emit, alive, notifier)
@@ -68,6 +74,23 @@ def _libxl_live(
     if pair.role is Role.PRIMARY:
         return XenPrimary(domains, emit, tell, lambda: control.state(pair.number).state, lambda: vifs.here(nics[0]))
     return XenSecondary(nics, domains, vifs, ports, emit, tell, lambda: control.state(pair.number))
+
+
+def _relayed(pair: PairConfig, control: Control, send: Callable[[Message], object], emit: Emit) -> Engine:
+    def tell(word: str, number: int, detail: str) -> None:
+        send(EngineWord(pair.number, word, number, detail))
+
+    def state() -> State:
+        return control.state(pair.number).state
+
+    if pair.libxl_remus is not None and pair.engine == "libxl-remus":
+        stream = Stream.of_remus(pair.name, pair.libxl_remus)
+    else:
+        assert pair.libxl_colo is not None
+        stream = Stream.of_colo(pair.name, pair.libxl_colo)
+    if pair.role is Role.PRIMARY:
+        return XlPrimary(stream, [port_of(nic.vif) for nic in pair.nics], emit, tell, state)
+    return XlSecondary(stream, [nic.vif for nic in pair.nics], ports, emit, tell, state)
 
 
 def reconfigure(engine: Engine, pair: PairConfig) -> None:

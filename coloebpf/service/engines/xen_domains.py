@@ -12,8 +12,9 @@ from pathlib import Path
 
 from coloebpf.errors import XenError
 from coloebpf.service.config import LibxlLiveConfig, PairConfig
+from coloebpf.service.engines.xen_toolstack import Toolstack
 from coloebpf.service.log import say
-from coloebpf.xen.client import ARGV, Libxl, Worker
+from coloebpf.xen.client import ARGV
 from coloebpf.xen.guest import Wrong, port_of, ports_of, unfit
 from coloebpf.xen.libxl import Domain
 
@@ -30,18 +31,15 @@ def index_of(vif: str) -> int:
         raise XenError(f"there is no port {vif}: the service makes it at its start") from e
 
 
-class Domains:
+class Domains(Toolstack):
     """`vifs`: names of the devices of each slot, in the order of the pair's NICs. Its methods raise XenError."""
 
     def __init__(
         self, pair: str, config: LibxlLiveConfig, vifs: Sequence[tuple[str, ...]], argv: Sequence[str] = ARGV
     ) -> None:
-        self.pair, self.config = pair, config
+        super().__init__(pair, config.domain, config.run_dir / pair, config.step_timeout_s, config.copy_timeout_s, argv)
+        self.config = config
         self._vifs = vifs
-        self._home = config.run_dir / pair
-        self._libxl = Libxl(self._home, "orders", config.step_timeout_s, argv)
-        # An end takes seconds, and a start may not wait for it.
-        self._slow = Libxl(self._home, "ends", config.step_timeout_s, argv)
 
     @classmethod
     def of(cls, pair: PairConfig, config: LibxlLiveConfig) -> Domains:
@@ -62,58 +60,33 @@ class Domains:
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
-    async def all(self) -> list[Domain]:
-        """Of this host."""
-        return [Domain(**domain) for domain in await self._libxl.do("domains", self.config.step_timeout_s)]
-
-    async def guest(self) -> Domain | None:
-        """The one that has the guest's own name."""
-        return next((domain for domain in await self.all() if domain.name == self.config.domain), None)
-
     async def copy(self, slot: int) -> Domain | None:
         """The one in this slot."""
-        return next((domain for domain in await self.all() if domain.name == self.name(slot)), None)
+        return await self.named(self.name(slot))
 
     async def unfit(self, domid: int) -> list[Wrong]:
         """Why this guest can't be protected."""
         return unfit(
-            await self._configuration(domid), [sorted(ports) for ports in zip(*map(self.ports, SLOTS), strict=True)]
+            await self.configuration(domid), [sorted(ports) for ports in zip(*map(self.ports, SLOTS), strict=True)]
         )
 
     async def slot_of(self, domid: int) -> int | None:
         """Where a domain is."""
-        ports = ports_of(await self._configuration(domid))
+        ports = ports_of(await self.configuration(domid))
         return next((slot for slot in SLOTS if self.ports(slot) == ports), None)
 
-    async def _configuration(self, domid: int) -> str:
-        return str(await self._libxl.do("configuration", self.config.step_timeout_s, domid=domid))
-
     # ---- acting ----------------------------------------------------------------------------------------------------
-
-    async def worker(self, name: str) -> Worker:
-        """For a copy; the caller ends it."""
-        return await self._libxl.worker(name)
-
-    async def do(self, order: str, domid: int) -> None:
-        """resume, pause or unpause."""
-        await self._libxl.do(order, self.config.step_timeout_s, domid=domid)
 
     async def take_name(self, slot: int) -> None:
         """The copy there is the guest now."""
         if (copy := await self.copy(slot)) is not None:
-            await self._libxl.do(
-                "rename", self.config.step_timeout_s, domid=copy.domid, old=copy.name, new=self.config.domain
-            )
-
-    async def destroy(self, domid: int) -> None:
-        """It is gone when this returns."""
-        await self._slow.do("destroy", self.config.copy_timeout_s, domid=domid)
+            await self.rename(copy.domid, copy.name, self.domain)
 
     def new_uuid(self, slot: int) -> str:
         """Of the next copy there. It is written down first: a restore that is killed may leave it without a name."""
         fresh = str(uuid.uuid4())
         try:
-            self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._note(slot).write_text(json.dumps(fresh))
         except OSError as e:
             raise XenError(f"{self._note(slot)} can't be written: {e.strerror}") from e
@@ -130,10 +103,5 @@ class Domains:
                 say(logger, logging.INFO, "a copy is destroyed", pair=self.pair, domain=domain.domid)
                 await self.destroy(domain.domid)
 
-    async def end(self) -> None:
-        """Lets go of libxl."""
-        await self._libxl.end()
-        await self._slow.end()
-
     def _note(self, slot: int) -> Path:
-        return self._home / f"{slot}.json"
+        return self.home / f"{slot}.json"

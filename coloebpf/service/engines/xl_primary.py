@@ -1,0 +1,328 @@
+"""Engines libxl-colo and libxl-remus on the primary: `xl remus`, and a relay that its stream goes through.
+
+libxl makes the checkpoints, in place; docs/libxl-colo.md has who does what when. What libxl would do too early, the
+relay keeps back until this engine's events have been dealt with: so no step rests on how long a process takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+
+from coloebpf.errors import EngineError, XenError
+from coloebpf.model import State
+from coloebpf.service.engine import (
+    Committed,
+    DomainGone,
+    Emit,
+    EngineEvent,
+    Failed,
+    Overwriting,
+    Ready,
+    Say,
+    SecondaryGone,
+    Suspended,
+)
+from coloebpf.service.engines.standby import Standby
+from coloebpf.service.engines.xen_primary import ASK_S, TEND_S, WANTED
+from coloebpf.service.engines.xen_pvm import Pvm
+from coloebpf.service.engines.xen_relay import Relay, arrives, launch
+from coloebpf.service.engines.xen_stream import Stream
+from coloebpf.service.log import say
+from coloebpf.service.tasks import Tasks
+from coloebpf.xen.guest import unfit
+from coloebpf.xen.records import Mark
+
+MIB = 1 << 20
+END_S = 10.0  # for xl, whose stream was ended, to let the PVM go on
+
+logger = logging.getLogger("coloebpf.xen")
+
+
+class XlPrimary:
+    """See coloebpf.service.engine.Engine. `ports`: what the guest's NICs are behind; `state`: the pair's."""
+
+    signals_suspended = True
+    copies = True
+    hands_over = ""
+
+    def __init__(self, stream: Stream, ports: Sequence[str], emit: Emit, tell: Say, state: Callable[[], State]) -> None:
+        self.name = "libxl-colo" if stream.colo else "libxl-remus"
+        self._stream, self._ports = stream, ports
+        self._emit_to, self._say_to, self._state = emit, tell, state
+        self._tools = stream.toolstack()
+        self.pvm = Pvm(self._tools, self._emit)
+        self._xl: asyncio.subprocess.Process | None = None
+        self._relay: Relay | None = None
+        self._standby: Standby | None = None
+        self._heard = 0  # number of the last standby that was offered
+        self._asked_s = 0.0
+        self._begun = False  # a stream was asked for since the protection began
+        self._requested = False  # a checkpoint is due
+        self._under_way = False  # libxl makes one
+        self._first = True
+        self._ending = ""  # why this engine has ended the stream
+        self._stood = self._has = 0  # Remus: how often the PVM stood still, and how much of that the secondary has
+        self._caught_up = asyncio.Event()
+        self._tasks = Tasks(lambda error: logger.error("a task of the engine failed", exc_info=error))
+        self._stopped = False
+
+    # ---- coloebpf.service.engine.Engine ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Ready follows when the guest is there, which may be started later. A stream that runs goes on."""
+        self._relay = await Relay.find(self._stream.home, self._at, self._cut, self._over)
+        if self._relay is not None:
+            met = self._relay.met
+            self._begun, self._first = True, not met.get(Mark.READY)
+            self._under_way = met.get(Mark.NEW, 0) >= met.get(Mark.READY, 0)
+            self._stood = self._has = min(met.get(Mark.STILL, 0), 1) + met.get(Mark.NEXT, 0) - len(self._relay.held)
+            self._say_it(logging.INFO, "went on with the stream", **{str(mark): n for mark, n in met.items()})
+            for mark in self._relay.held:
+                self._at(mark, True)
+            self._relay.listen()
+        self._tasks.spawn(self._tend())
+
+    async def request_checkpoint(self) -> None:
+        """The first one begins the stream. One that libxl makes already is as good as one that was asked for."""
+        if self.pvm.domid is None:
+            raise EngineError(f"there is no guest {self._stream.domain} on this host")
+        self._requested = self._begun = True
+        if self._relay is not None and self._stream.colo and not self._under_way:
+            self._relay.checkpoint()
+
+    async def failover(self) -> None:
+        """Gives up the secondary; Ready follows, another stream could begin."""
+        await self._end("the secondary is given up")
+        self._begun = False
+        if self.pvm.domid is not None:
+            asyncio.get_running_loop().call_soon(self._emit, Ready())
+
+    async def stop(self) -> None:
+        """See Engine. The stream goes on, for the next service: what it waits for, waits."""
+        self._stopped = True
+        await self._tasks.end()
+        if self._relay is not None:
+            await self._relay.let_go()
+        await self._tools.end()
+
+    async def guest_lives(self) -> bool:
+        """See Inquiring."""
+        return await self.pvm.lives()
+
+    @property
+    def progress(self) -> str:
+        """See Showing."""
+        if self._relay is None:
+            return "waiting for the secondary" if self._begun else ""
+        return f"{self._relay.passed // MIB} MiB sent" if self._first or self._under_way else ""
+
+    # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
+
+    def heard(self, word: str, number: int, detail: str) -> None:
+        """See Talking."""
+        match word:
+            case "standby":
+                self._heard = number
+                host, port, token = detail.split()
+                self._standby = Standby(number, host, int(port), token)
+            case "whole" if self._has < number == self._stood:
+                self._has = number
+                self._commit()
+                self._caught_up.set()
+            case "gone":
+                self._tasks.spawn(self._end(detail))
+                self._emit(SecondaryGone(detail))
+
+    def peer_up(self) -> None:
+        """See Talking."""
+        self._standby = None
+        self._asked_s = 0.0
+
+    # ---- the PVM, and when there is to be a stream -----------------------------------------------------------------
+
+    async def _tend(self) -> None:
+        while True:
+            await self.pvm.look(may_stand=self._relay is not None or self._xl is not None)
+            wanted = self._state() in WANTED
+            if not wanted:
+                self._standby = None
+                if self._begun:
+                    self._begun = False
+                    await self._end("the protection has ended")
+                    if self.pvm.domid is not None:
+                        self._emit(Ready())
+            elif self._relay is None and self._standby is None:
+                self._ask()
+            elif self._relay is None and self._requested and self.pvm.domid is not None:
+                await self._begin(self.pvm.domid)
+            await asyncio.sleep(TEND_S)
+
+    def _ask(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._asked_s > ASK_S:
+            self._asked_s = now
+            self._say_to("ask", self._heard, "")
+
+    async def _begin(self, domid: int) -> None:
+        standby, self._standby = self._standby, None
+        assert standby is not None
+        try:
+            if refusal := await self._refusal(domid):
+                self._requested = False
+                self._emit(Failed(refusal, fatal=True))
+                self._emit(Ready())  # for the next protection, when that is mended
+                return
+            await self._connect(standby, domid)
+        except EngineError as e:
+            self._requested = False
+            self._emit(Failed(str(e)))
+
+    async def _refusal(self, domid: int) -> str:
+        """Why this guest can't be protected, or "". Raises XenError."""
+        wrong = unfit(
+            await self._tools.configuration(domid), [[port] for port in self._ports], emulated=self._stream.colo
+        )
+        return "; ".join(f"{one.text} ({one.advice})" for one in wrong)
+
+    async def _connect(self, standby: Standby, domid: int) -> None:
+        stream, endpoint = self._stream, self._stream.endpoint
+        self._ending, self._first, self._under_way = "", True, True
+        self._stood = self._has = 0
+        with await standby.reach() as net:
+            if endpoint is not None:
+                await self._note_endpoint(domid, endpoint.host, endpoint.port)
+            self._xl = await launch(stream.home, stream.sending())
+            try:
+                self._relay = await arrives(
+                    stream.home, self._xl, stream.step_timeout_s, self._at, self._cut, self._over
+                )
+                self._relay.start(net, stream.colo, endpoint=endpoint and [endpoint.host, endpoint.port])
+            except BaseException:
+                self._xl = None
+                raise
+        self._relay.listen()
+        self._say_it(logging.INFO, "libxl sends the guest", domain=domid)
+
+    async def _note_endpoint(self, domid: int, host: str, port: int) -> None:
+        """Where libxl finds its proxy (libxl_nic.c): without a port it crashes."""
+        keys = f"/libxl/{domid}/device/vif/0/colo_checkpoint_"
+        process = await asyncio.create_subprocess_exec(
+            self._stream.xenstore_write, f"{keys}host", host, f"{keys}port", str(port), stderr=asyncio.subprocess.PIPE
+        )
+        _, said = await process.communicate()
+        if process.returncode:
+            raise EngineError(f"xenstore does not take {keys}port: {said.decode(errors='replace').strip()}")
+
+    # ---- what the relay meets --------------------------------------------------------------------------------------
+
+    def _at(self, mark: Mark, held: bool) -> None:
+        relay = self._relay
+        if relay is None:
+            return
+        match mark:
+            case Mark.NEW:
+                self._under_way = True
+                self._emit(Overwriting(self._requested))
+            case Mark.READY:
+                self._tasks.spawn(self._ready(relay))
+                return
+            case Mark.STILL | Mark.NEXT if held:
+                self._tasks.spawn(self._stands(relay, mark))
+                return
+            case Mark.RESUMED:
+                self._under_way = False
+                if self._requested:
+                    relay.checkpoint()  # was asked for in the middle of one
+        if held:
+            relay.go(mark)
+
+    async def _ready(self, relay: Relay) -> None:
+        """COLO: the PVM stands still and the secondary has all of it. When this passes, libxl lets the PVM go on."""
+        if self._first and self.pvm.domid is not None:
+            # It unpauses the PVM behind the first one, which is an error for a guest that was not paused.
+            with contextlib.suppress(XenError):
+                guest = await self._tools.guest()
+                if guest is not None and not guest.paused:
+                    await self._tools.do("pause", guest.domid)
+        self._tell_suspended()
+        self._commit()
+        relay.go(Mark.READY)
+
+    async def _stands(self, relay: Relay, mark: Mark) -> None:
+        """Remus: what the PVM has sent so far belongs to this checkpoint; it goes on when libxl has written it."""
+        while self._has < self._stood:  # the one before must be whole, for a commit is of all that was sent before
+            self._caught_up.clear()
+            await self._caught_up.wait()
+        if relay is self._relay:
+            self._stood += 1
+            self._tell_suspended()
+            relay.go(mark)
+
+    def _tell_suspended(self) -> None:
+        self._emit(Suspended(requested=self._requested or not self._stream.colo))
+        self._requested = False
+
+    def _commit(self) -> None:
+        self._first = False
+        self._emit(Committed())
+
+    def _cut(self, why: str) -> None:
+        self._say_it(logging.WARNING, "the stream's connection is cut", why=why)
+
+    def _over(self, why: str) -> None:
+        self._relay = None
+        self._under_way = False
+        if not self._stopped:
+            self._tasks.spawn(self._ended(why))
+
+    async def _ended(self, why: str) -> None:
+        """xl lets the PVM go on at its end, whatever that was."""
+        xl, self._xl = self._xl, None
+        if xl is not None:
+            await self._bury(xl)
+        if self._ending:
+            return
+        try:
+            lives = await self.pvm.lives()
+        except XenError as e:
+            self._emit(Failed(f"libxl has ended ({why}), and nobody can say whether the guest lives: {e}", fatal=True))
+            return
+        self._requested = False
+        if lives:
+            self._emit(SecondaryGone(f"libxl has ended ({why})"))
+        elif self.pvm.domid is not None:
+            self.pvm.domid = None
+            self._emit(DomainGone(f"libxl has ended ({why}), and the guest is gone"))
+
+    async def _end(self, why: str) -> None:
+        self._requested = False
+        self._ending = why
+        if (relay := self._relay) is None:
+            return
+        self._say_it(logging.INFO, "the stream ends", why=why)
+        relay.end()
+        await asyncio.wait((relay.over,), timeout=END_S)
+        if self._xl is not None:
+            await self._bury(self._xl)
+            self._xl = None
+
+    async def _bury(self, xl: asyncio.subprocess.Process) -> None:
+        try:
+            async with asyncio.timeout(END_S):
+                await xl.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(xl.pid, signal.SIGKILL)
+            await xl.wait()
+
+    def _emit(self, event: EngineEvent) -> None:
+        if not self._stopped:
+            self._emit_to(event)
+
+    def _say_it(self, level: int, sentence: str, **fields: object) -> None:
+        say(logger, level, sentence, pair=self._stream.pair, **fields)

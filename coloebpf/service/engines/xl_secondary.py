@@ -1,0 +1,238 @@
+"""Engines libxl-colo and libxl-remus on the secondary: `xl migrate-receive`, behind a relay.
+
+libxl makes the SVM the guest when its stream ends, and asks nobody; so the relay lets it end when this engine says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+
+from coloebpf.errors import DeviceError, EngineError, XenError
+from coloebpf.model import State
+from coloebpf.service.engine import DomainGone, Emit, EngineEvent, Ready, Replacing, Say
+from coloebpf.service.engines.standby import Door, new_token
+from coloebpf.service.engines.xen_places import Ports
+from coloebpf.service.engines.xen_primary import TEND_S, WANTED
+from coloebpf.service.engines.xen_relay import RUNE, SOCKET, Relay, arrives, launch
+from coloebpf.service.engines.xen_stream import Stream
+from coloebpf.service.log import say
+from coloebpf.service.tasks import Tasks
+from coloebpf.xen.records import Mark
+
+RETRY_S = 1.0
+START_S = 10.0  # for a relay, which is a Python that starts
+
+logger = logging.getLogger("coloebpf.xen")
+
+
+class XlSecondary:
+    """See coloebpf.service.engine.Engine. `vifs`: what the SVM's NICs are behind; `state`: the pair's."""
+
+    signals_suspended = True
+    copies = True
+    hands_over = ""
+
+    def __init__(
+        self, stream: Stream, vifs: Sequence[str], ports: Ports, emit: Emit, tell: Say, state: Callable[[], State]
+    ) -> None:
+        self.name = "libxl-colo" if stream.colo else "libxl-remus"
+        self._stream, self._vifs, self._ports = stream, vifs, ports
+        self._emit_to, self._say_to, self._state = emit, tell, state
+        self._tools = stream.toolstack()
+        self._door = Door(stream.pair, stream.listen, lambda: self._token, self._take)
+        self._token: str | None = None  # of the standby that is offered
+        self._number = 0
+        self._numbers = itertools.count(1 + secrets.randbelow(1 << 30))
+        self._relay: Relay | None = None
+        self._taking: asyncio.Task[None] | None = None
+        self._ours = False  # the end of the stream is this engine's doing
+        self._mine = False  # by a failover the SVM has become the guest
+        self._wholes = 0  # Remus: checkpoints that are here
+        self._tasks = Tasks(lambda error: logger.error("a task of the engine failed", exc_info=error))
+        self._stopped = False
+
+    @property
+    def relay(self) -> Relay | None:
+        """What the SVM is kept up to date by."""
+        return self._relay
+
+    # ---- coloebpf.service.engine.Engine ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Ready when libxl has answered. A stream that runs goes on. Raises EngineError if it can't listen."""
+        await self._tools.all()
+        self._relay = await Relay.find(self._stream.home, self._at, self._cut, self._over)
+        if self._relay is not None:
+            self._wholes = self._relay.met.get(Mark.WHOLE, 0)
+            self._log(logging.INFO, "went on with the stream", cut=self._relay.cut or "no")
+            for mark in self._relay.held:
+                self._at(mark, True)
+            self._relay.listen()
+        self._mine = self._state() is State.PROMOTED
+        self._door.open()
+        self._tasks.spawn(self._tend())
+        self._emit(Ready())
+
+    async def request_checkpoint(self) -> None:
+        """Raises EngineError: only the primary's can be asked."""
+        raise EngineError("the primary makes the checkpoints")
+
+    async def failover(self) -> None:
+        """Ends the stream, and returns when libxl has made the SVM the guest. Raises EngineError if it has not."""
+        relay = self._relay
+        if relay is None:
+            raise EngineError("there is no SVM")
+        self._mine = self._ours = True
+        relay.end()
+        await asyncio.wait((relay.over,), timeout=self._stream.step_timeout_s)
+        if not relay.over.done():
+            raise EngineError(f"libxl has not taken over in {self._stream.step_timeout_s} s")
+        guest = await self._tools.guest()
+        if guest is None or guest.ended:
+            raise EngineError(f"libxl has not taken over: {relay.over.result()}")
+        await self._release()
+        self._log(logging.INFO, "libxl has made the SVM the guest", domain=guest.domid)
+
+    async def stop(self) -> None:
+        """See Engine. The SVM goes on, and its stream."""
+        self._stopped = True
+        await self._door.close()
+        await self._tasks.end()
+        if self._relay is not None:
+            await self._relay.let_go()
+        await self._tools.end()
+
+    # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
+
+    def heard(self, word: str, number: int, detail: str) -> None:
+        """See Talking."""
+        if word == "ask":
+            self._offer()
+
+    def peer_up(self) -> None:
+        """See Talking."""
+        if not self._stream.colo and self._wholes:
+            self._say_to("whole", self._wholes, "")
+
+    # ---- taking in -------------------------------------------------------------------------------------------------
+
+    async def _tend(self) -> None:
+        while True:
+            state, pause = self._state(), TEND_S
+            try:
+                if state is State.SYNCING and self._relay is None and self._taking is None and self._token is None:
+                    self._mine = False  # whoever was the guest here: another protection begins
+                    await self._clear()
+                    self._token, self._number = new_token(), next(self._numbers)
+                    self._offer()
+                elif state is State.SYNCING and self._relay is not None and self._relay.cut:
+                    await self._drop("its stream was cut")
+                elif state is State.UNPROTECTED and not self._mine:
+                    self._token = None
+                    await self._drop("the protection has ended")
+            except EngineError as e:
+                self._log(logging.WARNING, "there is no standby", error=e)
+                pause = RETRY_S
+            await asyncio.sleep(pause)
+
+    def _offer(self) -> None:
+        if self._token is not None and self._state() in WANTED:
+            self._say_to(
+                "standby", self._number, f"{self._stream.listen.host} {self._stream.listen.port} {self._token}"
+            )
+
+    async def _clear(self) -> None:
+        """The guest runs on the other host for certain: what has its name here, or is half of it, goes."""
+        for name in (self._stream.incoming, self._stream.domain):
+            if (old := await self._tools.named(name)) is not None:
+                self._log(logging.WARNING, "an older copy is destroyed", domain=old.domid, name=name)
+                await self._tools.destroy(old.domid)
+
+    def _take(self, connection: socket.socket) -> None:
+        self._token = None
+        self._taking = self._tasks.spawn(self._take_in(connection))
+
+    async def _take_in(self, connection: socket.socket) -> None:
+        stream = self._stream
+        self._ours, self._wholes = False, 0
+        try:
+            with connection:
+                process = await launch(stream.home, [*RUNE, str(stream.home / SOCKET)])
+                relay = await arrives(stream.home, process, START_S, self._at, self._cut, self._over)
+                self._relay = relay
+                relay.start(connection, stream.colo, argv=stream.taking_in())
+            relay.listen()
+            self._log(logging.INFO, "libxl takes the guest in")
+        except EngineError as e:
+            self._relay = None
+            self._say_to("gone", 0, str(e))
+        finally:
+            self._taking = None
+
+    # ---- what the relay meets --------------------------------------------------------------------------------------
+
+    def _at(self, mark: Mark, held: bool) -> None:
+        match mark:
+            case Mark.STILL if self._stream.colo and self._state() is State.SYNCING:
+                self._tasks.spawn(self._hold())
+                self._emit(Replacing())
+            case Mark.NEW:
+                if self._state() not in WANTED:
+                    return  # it stays as it is, until somebody says what becomes of it
+                self._emit(Replacing())
+            case Mark.RESUMED:
+                self._tasks.spawn(self._release())
+            case Mark.WHOLE if not self._stream.colo:
+                self._wholes += 1
+                self._say_to("whole", self._wholes, "")
+        if held and self._relay is not None:
+            self._relay.go(mark)
+
+    async def _hold(self) -> None:
+        """Frames for the SVM that come before its NIC is there, or before it runs, wait."""
+        try:
+            for vif in self._vifs:
+                await asyncio.to_thread(self._ports.hold, vif)
+        except DeviceError as e:  # they are lost: a frame lost on fwd is no worse
+            self._log(logging.ERROR, "frames for the SVM are not kept", error=e)
+
+    async def _release(self) -> None:
+        for vif in self._vifs:
+            with contextlib.suppress(DeviceError):  # nothing was held
+                await asyncio.to_thread(self._ports.release, vif)
+
+    def _cut(self, why: str) -> None:
+        self._log(logging.WARNING, "the stream is cut; the SVM stays what it is until it is clear who speaks", why=why)
+
+    def _over(self, why: str) -> None:
+        self._relay = None
+        if not self._stopped and not self._ours:
+            self._say_to("gone", 0, f"the secondary's libxl has ended: {why}")
+            self._emit(DomainGone(f"libxl has ended: {why}"))
+
+    async def _drop(self, why: str) -> None:
+        """The SVM is not needed any more."""
+        relay = self._relay
+        if relay is None:
+            return
+        self._log(logging.INFO, "the SVM ends", why=why)
+        self._ours = True
+        relay.kill()
+        await asyncio.wait((relay.over,), timeout=self._stream.step_timeout_s)
+        with contextlib.suppress(XenError):
+            if (svm := await self._tools.named(self._stream.incoming)) is not None:
+                await self._tools.destroy(svm.domid)
+        await self._release()
+
+    def _emit(self, event: EngineEvent) -> None:
+        if not self._stopped:
+            self._emit_to(event)
+
+    def _log(self, level: int, sentence: str, **fields: object) -> None:
+        say(logger, level, sentence, pair=self._stream.pair, **fields)

@@ -1,0 +1,399 @@
+"""Engines libxl-colo and libxl-remus, both sides, with real relays and a stand-in for xl that keeps to libxl's stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from coloebpf.errors import EngineError
+from coloebpf.model import State
+from coloebpf.service.engine import (
+    Committed,
+    DomainGone,
+    Failed,
+    Overwriting,
+    Ready,
+    Replacing,
+    SecondaryGone,
+    Suspended,
+)
+from tests.service.xl_rig import Rig
+
+Test = Callable[[Rig], Awaitable[None]]
+Play = Callable[..., None]
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Play:
+    """Runs a test with a PVM and both engines."""
+
+    def run(test: Test, colo: bool = True) -> None:
+        async def all_of_it() -> None:
+            for host in "ab":
+                (tmp_path / host).mkdir()
+            rig = Rig(tmp_path, colo)
+            try:
+                await rig.up()
+                await test(rig)
+            finally:
+                await rig.down()
+
+        asyncio.run(all_of_it())
+
+    return run
+
+
+def test_checkpoints_in_place(play: Play) -> None:
+    """The SVM has the PVM's memory as of each standstill, in one domain; the PVM need not have been started paused."""
+
+    async def test(rig: Rig) -> None:
+        for memory in ("one", "two", "three"):
+            await rig.checkpoint(memory)
+            svm = rig.named("b", "web--incoming")
+            assert svm is not None
+            assert svm["memory"] == memory
+        assert len(rig.xen["b"].domains()) == 1
+        assert rig.runs("a")
+
+    play(test)
+
+
+def test_order_of_a_checkpoint(play: Play) -> None:
+    """Nothing proves anything before the secondary clears, that is before the SVM is touched; the commit is told while
+    the PVM stands still, so that nothing it sends later can be taken for older."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        seen: dict[str, tuple[bool, bool]] = {}
+
+        def look(step: str) -> None:
+            svm = rig.named("b", "web--incoming")
+            assert svm is not None
+            seen[step] = (rig.runs("a"), svm["suspended"])
+
+        rig.on_step = look
+        rig.steps.clear()
+        await rig.checkpoint("two")
+        assert rig.steps[:4] == ["a Overwriting", "b Replacing", "a Suspended", "a Committed"]
+        assert not seen["a Overwriting"][1], "the SVM was suspended already"
+        assert not seen["b Replacing"][1], "the SVM was suspended already"
+        assert not seen["a Suspended"][0], "the PVM ran"
+        assert not seen["a Committed"][0], "the PVM ran"
+
+    play(test)
+
+
+def test_the_first_copy(play: Play) -> None:
+    """Frames for the SVM wait from the PVM's standstill until the SVM runs, and its translations are cleared before."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        await rig.until(lambda: "release tapA" in rig.steps, "what waits to go on")
+        steps = [step for step in rig.steps if step in ("hold tapA", "release tapA", "b Replacing", "a Committed")]
+        assert sorted(steps[:2]) == ["b Replacing", "hold tapA"]
+        assert sorted(steps[2:]) == ["a Committed", "release tapA"]
+
+    play(test)
+
+
+def test_libxl_begins_one_by_itself(play: Play) -> None:
+    """After 5 s: the same order as for one that was asked for."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        rig.steps.clear()
+        rig.remember("two")
+        await rig.until(lambda: "a Committed" in rig.steps, "libxl's own checkpoint")
+        assert rig.steps[:4] == ["a Overwriting", "b Replacing", "a Suspended", "a Committed"]
+        events = [event for host, event in rig.events if isinstance(event, Overwriting | Suspended)]
+        assert events[-2:] == [Overwriting(requested=False), Suspended(requested=False)]
+        await rig.until(lambda: rig.runs("b"), "the SVM to run")
+        svm = rig.named("b", "web--incoming")
+        assert svm is not None
+        assert svm["memory"] == "two"
+
+    play(test)
+
+
+def test_failover(play: Play) -> None:
+    """A cut of the stream alone makes nobody the guest; the engine's word does."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        rig.deaf = {"a", "b"}
+        rig.kill("a", "")  # the host loses its power
+        await rig.until(lambda: rig.secondary.relay is not None and bool(rig.secondary.relay.cut), "the cut")
+        await asyncio.sleep(0.3)
+        assert rig.named("b", "web") is None, "libxl has taken over without a word of ours"
+        assert rig.runs("b")
+        rig.state["b"] = State.LOCKSTEP
+        await rig.secondary.failover()
+        guest = rig.named("b", "web")
+        assert guest is not None
+        assert guest["memory"] == "one"
+        assert not guest["suspended"]
+        assert not guest["paused"]
+        assert ("b", DomainGone) not in [(host, type(event)) for host, event in rig.events]
+
+    play(test)
+
+
+def test_failover_while_the_primary_lives(play: Play) -> None:
+    """The stream ends, and the primary's xl lets its guest go on: the dataplane keeps that one silent."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        rig.state["a"] = State.HALTED
+        await rig.secondary.failover()
+        assert rig.named("b", "web") is not None
+        await rig.until(lambda: not rig.processes("a"), "the primary's xl to end")
+        assert rig.runs("a")
+        await rig.until(lambda: rig.events[-1] == ("a", Ready()), "Ready, for the next protection")
+
+    play(test)
+
+
+def test_failover_in_the_middle_of_a_checkpoint(play: Play) -> None:
+    """The primary dies when the SVM is suspended already: it goes on with what it had."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        hold = rig.xen["a"].home / "hold.suspend"
+        hold.touch()
+        rig.remember("two")
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: "b Replacing" in rig.steps[-4:] and not rig.runs("b"), "the SVM to be suspended")
+        rig.deaf = {"a", "b"}
+        rig.kill("a", "")
+        await rig.until(lambda: rig.secondary.relay is not None and bool(rig.secondary.relay.cut), "the cut")
+        await rig.secondary.failover()
+        guest = rig.named("b", "web")
+        assert guest is not None
+        assert guest["memory"] == "one"
+        assert not guest["suspended"]
+
+    play(test)
+
+
+def test_no_svm_no_failover(play: Play) -> None:
+    async def test(rig: Rig) -> None:
+        with pytest.raises(EngineError, match="there is no SVM"):
+            await rig.secondary.failover()
+
+    play(test)
+
+
+def test_the_secondarys_xl_dies(play: Play) -> None:
+    """Both sides are told; the PVM goes on, and can be protected again."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        (rig.xen["b"].home / "fail.apply").touch()
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: any(isinstance(event, SecondaryGone) for _, event in rig.events), "SecondaryGone")
+        await rig.until(lambda: any(isinstance(event, DomainGone) for _, event in rig.events), "DomainGone")
+        await rig.until(lambda: rig.runs("a"), "the PVM to go on")
+        (rig.xen["b"].home / "fail.apply").unlink()
+        rig.set_state(State.PASSTHROUGH)
+        await rig.until(lambda: not rig.processes("ab"), "the end of all processes")
+        rig.set_state(State.SYNCING)
+        await rig.checkpoint("two")
+
+    play(test)
+
+
+def test_the_primarys_xl_dies(play: Play) -> None:
+    """Killed in the middle of a checkpoint, it leaves the PVM suspended: the engine lets it go on."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        hold = rig.xen["a"].home / "hold.suspend"
+        hold.touch()
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: not rig.runs("a"), "the PVM to stand still")
+        rig.kill("a", "remus")
+        await rig.until(lambda: any(isinstance(event, SecondaryGone) for _, event in rig.events), "SecondaryGone")
+        await rig.until(lambda: rig.runs("a"), "the PVM to go on")
+        assert rig.named("b", "web") is None, "a second guest"
+
+    play(test)
+
+
+def test_the_guest_is_destroyed(play: Play) -> None:
+    """libxl's documented way to force a failover: this host's guest is gone, and the other one may speak."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        rig.xen["a"].destroy(rig.domid)
+        await rig.until(lambda: any(isinstance(event, DomainGone) for host, event in rig.events if host == "a"), "it")
+        assert not any(isinstance(event, SecondaryGone) for _, event in rig.events)
+
+    play(test)
+
+
+def test_end_of_the_protection(play: Play) -> None:
+    """No SVM, no process, and a guest that runs; and another protection after it."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        rig.set_state(State.UNPROTECTED)
+        await rig.until(lambda: not rig.processes("ab") and not rig.xen["b"].domains(), "the end")
+        assert rig.runs("a")
+        await rig.until(lambda: rig.events[-1] == ("a", Ready()), "Ready")
+        rig.set_state(State.SYNCING)
+        await rig.checkpoint("two")
+
+    play(test)
+
+
+@pytest.mark.parametrize("host", ["a", "b"])
+@pytest.mark.parametrize("colo", [True, False])
+def test_a_service_ends_and_another_begins(play: Play, host: str, colo: bool) -> None:
+    """The stream outlives it, and what waited for the one before goes on with the next."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one") if colo else await protect(rig, "one")
+        if host == "a":
+            await rig.primary.stop()
+        else:
+            await rig.secondary.stop()
+        await asyncio.sleep(0.3)
+        if host == "a":
+            rig.primary = rig.make_primary()
+            await rig.primary.start()
+            await rig.until(lambda: rig.events[-1] == ("a", Ready()), "Ready") if colo else None
+        else:
+            rig.secondary = rig.make_secondary()
+            await rig.secondary.start()
+            rig.secondary.peer_up()
+        await rig.checkpoint("two") if colo else await protect(rig, "two")
+        assert not any(isinstance(event, SecondaryGone | Failed | DomainGone) for _, event in rig.events), rig.events
+
+    play(test, colo)
+
+
+def test_a_checkpoint_waits_for_the_next_service(play: Play) -> None:
+    """libxl begins one by itself while the primary's service is away: the SVM is not touched before the next is there."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        await rig.primary.stop()
+        await rig.until(lambda: not rig.runs("a"), "libxl to begin one")
+        await asyncio.sleep(0.5)
+        assert rig.runs("b"), "the SVM was touched"
+        rig.steps.clear()
+        rig.primary = rig.make_primary()
+        await rig.primary.start()
+        await rig.until(lambda: "a Committed" in rig.steps, "a commit")
+        assert rig.steps[:4] == ["a Overwriting", "b Replacing", "a Suspended", "a Committed"]
+        await rig.until(lambda: rig.runs("a") and rig.runs("b"), "both to run")
+
+    play(test)
+
+
+def test_an_unfit_guest(play: Play) -> None:
+    """It is refused with what is wrong, before anything was begun."""
+
+    async def test(rig: Rig) -> None:
+        config = rig.xen["a"].read(rig.domid)["config"]
+        config["c_info"]["type"] = "pvh"
+        rig.xen["a"].write(rig.domid, config=config)
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: any(isinstance(event, Failed) for _, event in rig.events), "Failed")
+        [failed] = [event for _, event in rig.events if isinstance(event, Failed)]
+        assert failed.fatal
+        assert "not HVM" in failed.reason
+        assert not rig.processes("a")
+
+    play(test)
+
+
+# ---- Remus -------------------------------------------------------------------------------------------------------------
+
+
+async def protect(rig: Rig, memory: str) -> None:
+    """Until the secondary has that."""
+    rig.remember(memory)
+    if not rig.processes("a"):
+        await rig.primary.request_checkpoint()
+
+    def there() -> bool:
+        svm = rig.named("b", "web--incoming")
+        return svm is not None and svm["memory"] == memory
+
+    await rig.until(there, f"the secondary to have {memory!r}")
+    seen = rig.steps.count("a Committed")
+    await rig.until(lambda: rig.steps.count("a Committed") > seen, "a commit")
+
+
+def test_remus_commits_what_is_whole(play: Play) -> None:
+    """Each Suspended is followed by the Committed of the same checkpoint, when the secondary has all of it."""
+
+    async def test(rig: Rig) -> None:
+        for memory in ("one", "two"):
+            await protect(rig, memory)
+        steps = [step for step in rig.steps if step in ("a Suspended", "a Committed", "whole")]
+        for number, step in enumerate(steps):
+            assert step == ("a Suspended", "whole", "a Committed")[number % 3], steps
+
+    play(test, colo=False)
+
+
+def test_remus_stands_still_before_it_is_told(play: Play) -> None:
+    """libxl lets the PVM go on when it has written a checkpoint: not before what was sent so far is marked as older."""
+
+    async def test(rig: Rig) -> None:
+        ran: list[bool] = []
+
+        def look(step: str) -> None:
+            if step == "a Suspended":
+                ran.append(rig.runs("a"))
+
+        rig.on_step = look
+        await protect(rig, "one")
+        await protect(rig, "two")
+        assert ran
+        assert not any(ran)
+
+    play(test, colo=False)
+
+
+def test_remus_waits_for_the_secondarys_word(play: Play) -> None:
+    """Without it nothing is committed, and no further checkpoint begins: a later commit would be of both."""
+
+    async def test(rig: Rig) -> None:
+        await protect(rig, "one")
+        rig.deaf = {"a"}
+        rig.steps.clear()
+        await rig.until(lambda: "a Suspended" in rig.steps, "another checkpoint")
+        await asyncio.sleep(0.5)
+        assert "a Committed" not in rig.steps
+        assert rig.steps.count("a Suspended") == 1
+        rig.deaf = set()
+        rig.secondary.peer_up()
+        await rig.until(lambda: "a Committed" in rig.steps, "the commit")
+
+    play(test, colo=False)
+
+
+def test_remus_failover(play: Play) -> None:
+    """The SVM begins to run as of the last checkpoint."""
+
+    async def test(rig: Rig) -> None:
+        await protect(rig, "one")
+        assert not rig.runs("b"), "Remus runs no SVM"
+        rig.deaf = {"a", "b"}
+        rig.kill("a", "")
+        await rig.until(lambda: rig.secondary.relay is not None and bool(rig.secondary.relay.cut), "the cut")
+        await rig.secondary.failover()
+        guest = rig.named("b", "web")
+        assert guest is not None
+        assert guest["memory"] == "one"
+        assert not guest["paused"]
+        assert ("b", Replacing()) not in rig.events
+        assert ("a", Committed()) in rig.events
+
+    play(test, colo=False)
