@@ -32,9 +32,8 @@ class LibxlColoConfig(XenGuestConfig):
     )
     stream_listen: Address | None = setting(
         keys.optional(keys.ADDRESS, None, "an operator starts `xl remus -c -p`, and its stream is xl's own business"),
-        "where this host takes the guest in; it is not encrypted on its way",
+        "where this host takes the guest in, as 10.9.9.1:7792; it is not encrypted on its way",
         None,
-        shown="10.9.9.1:7792",
     )
 
 

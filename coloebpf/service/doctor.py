@@ -41,7 +41,7 @@ CONFIGURED: tuple[tuple[str, Check], ...] = (
     ("bridge", network.bridge),
     ("xen", guest.toolstack),
     ("guest", guest.configuration),
-    ("libxl-live", live.engine),
+    ("libxl", live.engine),
     ("qemu", qemu.engine),
     ("certificates", link.certificates),
     ("peer", link.peer),

@@ -27,15 +27,19 @@ class Wrong:
     advice: str
 
 
-def unfit(config: str, bridges: Sequence[Sequence[str]], emulated: bool = True) -> list[Wrong]:
+def unfit(
+    config: str, bridges: Sequence[Sequence[str]], emulated: bool = True, colo_disks: bool = False
+) -> list[Wrong]:
     """Why this guest can't be protected. `bridges`: for each NIC the ports (ports.py) that it may be behind.
 
     `emulated` False: there is no second guest that must send the same, so it may have PV drivers.
+    `colo_disks`: libxl replicates them.
     """
     try:
         whole = json.loads(config)
         machine = _machine(whole) if emulated else ()
-        return [*machine, *_nics(whole.get("nics", []), bridges, emulated), *_disks(whole.get("disks", []))]
+        nics = _nics(whole.get("nics", []), bridges, emulated)
+        return [*machine, *nics, *_disks(whole.get("disks", []), colo_disks)]
     except (ValueError, AttributeError, TypeError, KeyError) as e:
         raise XenError(f"libxl's description of the guest can't be read: {e!r}") from e
 
@@ -70,9 +74,9 @@ def _nics(nics: Sequence[Mapping[str, Any]], bridges: Sequence[Sequence[str]], e
             yield Wrong(f"vif {number} is behind {place}, not behind {' or '.join(ports)}", f"bridge={ports[0]}")
 
 
-def _disks(disks: Sequence[Mapping[str, Any]]) -> Iterator[Wrong]:
+def _disks(disks: Sequence[Mapping[str, Any]], colo_disks: bool) -> Iterator[Wrong]:
     for disk in disks:
-        if disk.get("readwrite"):
+        if disk.get("readwrite") and not (colo_disks and disk.get("colo_enable") == "True"):
             yield Wrong(
                 f"the guest can write its disk {disk.get('vdev')}, which nobody replicates",
                 "make it read-only (access=ro), or keep the guest's data in its memory",

@@ -1,9 +1,10 @@
-"""A guest's configuration as xl.cfg(5) has it: read, and what has to change in it for the engine libxl-live."""
+"""A guest's configuration as xl.cfg(5) has it: read, and what has to change in it for an engine."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from coloebpf.errors import ConfigError
@@ -30,9 +31,19 @@ def options(row: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (word.partition("=") for word in row.split(","))}
 
 
-def changes(found: Mapping[str, Any], ports: Sequence[str], macs: Sequence[str]) -> list[Wrong]:
+@dataclass(frozen=True)
+class Needs:
+    """What depends on the engine. `emulated`: two guests have to send the same; `colo_disks`: libxl replicates them."""
+
+    emulated: bool = True
+    colo_disks: bool = False
+
+
+def changes(found: Mapping[str, Any], ports: Sequence[str], macs: Sequence[str], needs: Needs = Needs()) -> list[Wrong]:
     """`ports`, `macs`: of the pair's NICs, in their order; a MAC may be ""."""
-    return [*_machine(found), *_vifs(found, ports, macs), *_disks(found)]
+    machine = _machine(found) if needs.emulated else ()
+    disks = _colo_disks(found) if needs.colo_disks else _disks(found)
+    return [*machine, *_vifs(found, ports, macs, needs.emulated), *disks]
 
 
 def _machine(found: Mapping[str, Any]) -> Iterator[Wrong]:
@@ -46,7 +57,7 @@ def _machine(found: Mapping[str, Any]) -> Iterator[Wrong]:
         )
 
 
-def _vifs(found: Mapping[str, Any], ports: Sequence[str], macs: Sequence[str]) -> Iterator[Wrong]:
+def _vifs(found: Mapping[str, Any], ports: Sequence[str], macs: Sequence[str], emulated: bool) -> Iterator[Wrong]:
     rows = [options(row) for row in found.get("vif", [])]
     if len(rows) != len(ports):
         yield Wrong(
@@ -54,12 +65,13 @@ def _vifs(found: Mapping[str, Any], ports: Sequence[str], macs: Sequence[str]) -
             "as many lines in vif = [...] as there are [[pair.nic]], in their order",
         )
     for number, (row, port, mac) in enumerate(zip(rows, ports, macs, strict=False)):
-        wanted = {"type": "ioemu", "model": MODEL, "script": SCRIPT, "bridge": port}
+        wanted = {**({"type": "ioemu", "model": MODEL} if emulated else {}), "script": SCRIPT, "bridge": port}
         lacks = [f"{key}={value}" for key, value in wanted.items() if row.get(key, "").rpartition("/")[2] != value]
         if lacks:
             line = ",".join([f"mac={mac or row.get('mac', '') or 'ITS OWN'}", *(f"{k}={v}" for k, v in wanted.items())])
             yield Wrong(
-                f"vif {number} lacks {', '.join(lacks)}: an emulated NIC alone, joined to the port that is compared",
+                f"vif {number} lacks {', '.join(lacks)}: "
+                f"{'an emulated NIC alone, ' if emulated else ''}joined to the port that is compared",
                 f"vif = [ '{line}' ]",
             )
         if "vifname" in row:
@@ -76,3 +88,14 @@ def _disks(found: Mapping[str, Any]) -> Iterator[Wrong]:
                 f"disk {number} can be written, and this engine replicates no disks",
                 "access=ro in its line, or keep the guest's data in its memory",
             )
+
+
+def _colo_disks(found: Mapping[str, Any]) -> Iterator[Wrong]:
+    rows = [options(row) for row in found.get("disk", [])]
+    for number, row in enumerate(rows):
+        if "cdrom" in row or row.get("devtype") == "cdrom":
+            yield Wrong(f"disk {number} is a CD-ROM, which libxl's COLO refuses", "take its line out")
+        elif row.get("backendtype") != "qdisk" or "colo" not in row:
+            yield Wrong(f"disk {number} is not replicated", "`coloebpf disks` makes its line")
+    if len(rows) > 1:
+        yield Wrong(f"it has {len(rows)} disks; libxl's check of a second one reads a dangling pointer", "use one")

@@ -105,7 +105,7 @@ def test_what_a_file_reads_as() -> None:
         ([('name = "a"', "")], "host.name", "is missing", "letters, digits"),
         ([('[host]\nname = "a"', "")], "host.name", "is missing", "letters, digits"),
         ([('"primary"', '"master"')], "pair[0].role", "is 'master'", '"primary" or "secondary"'),
-        ([('"libxl-colo"', '"kvm"')], "pair[0].engine", "is 'kvm'", '"libxl-colo" or "libxl-live" or "qemu" or "model"'),
+        ([('"libxl-colo"', '"kvm"')], "pair[0].engine", "is 'kvm'", '"libxl-colo" or "libxl-live" or "libxl-remus" or "qemu" or "model"'),
         ([('"libxl-colo"', '"qemu"')], "pair[0].qemu", "is missing", "needs it"),
         ([('"libxl-colo"', '"qemu"')], "pair[0].nic[1].standby_vif", "is missing", "a second tap"),
         ([('"libxl-colo"', '"libxl-live"')], "pair[0].libxl_live", "is missing", "needs it"),

@@ -23,6 +23,7 @@ from coloebpf.service.engine import (
 from tests.service.xl_rig import Rig
 
 Test = Callable[[Rig], Awaitable[None]]
+ORDER = ["a Overwriting", "b Replacing", "a Suspended", "a Committed"]
 Play = Callable[..., None]
 
 
@@ -77,7 +78,7 @@ def test_order_of_a_checkpoint(play: Play) -> None:
         rig.on_step = look
         rig.steps.clear()
         await rig.checkpoint("two")
-        assert rig.steps[:4] == ["a Overwriting", "b Replacing", "a Suspended", "a Committed"]
+        assert [step for step in rig.steps if step in ORDER][:4] == ORDER
         assert not seen["a Overwriting"][1], "the SVM was suspended already"
         assert not seen["b Replacing"][1], "the SVM was suspended already"
         assert not seen["a Suspended"][0], "the PVM ran"
@@ -107,7 +108,7 @@ def test_libxl_begins_one_by_itself(play: Play) -> None:
         rig.steps.clear()
         rig.remember("two")
         await rig.until(lambda: "a Committed" in rig.steps, "libxl's own checkpoint")
-        assert rig.steps[:4] == ["a Overwriting", "b Replacing", "a Suspended", "a Committed"]
+        assert [step for step in rig.steps if step in ORDER][:4] == ORDER
         events = [event for host, event in rig.events if isinstance(event, Overwriting | Suspended)]
         assert events[-2:] == [Overwriting(requested=False), Suspended(requested=False)]
         await rig.until(lambda: rig.runs("b"), "the SVM to run")
@@ -288,7 +289,7 @@ def test_a_checkpoint_waits_for_the_next_service(play: Play) -> None:
         rig.primary = rig.make_primary()
         await rig.primary.start()
         await rig.until(lambda: "a Committed" in rig.steps, "a commit")
-        assert rig.steps[:4] == ["a Overwriting", "b Replacing", "a Suspended", "a Committed"]
+        assert [step for step in rig.steps if step in ORDER][:4] == ORDER
         await rig.until(lambda: rig.runs("a") and rig.runs("b"), "both to run")
 
     play(test)

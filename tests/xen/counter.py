@@ -6,8 +6,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from coloebpf.netns import inside
+from tests.xen import service
 from tests.xen.lab import Lab
 
 REDIS = 6379
@@ -19,6 +21,12 @@ def until(there: Callable[[], bool], what: str) -> None:
     while not there():
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(1)
+
+
+def pair(lab: Lab, host: int) -> dict[str, Any]:
+    """What a host's service says of its one pair."""
+    [found] = service.status(lab, host)["service"]["pairs"]
+    return dict(found)
 
 
 class Counter:
@@ -94,3 +102,26 @@ class Counter:
                 self.count()
         except BaseException as e:  # of a thread: told by whoever waits for it
             self._failed = e
+
+
+def diverge(lab: Lab, counter: Counter, server: Counter, wanted: int) -> None:
+    """Until the traffic has asked for so many checkpoints by divergences, while `counter` goes on.
+
+    An answer that is late for another reason asks for one too, as a timeout.
+    """
+    before = pair(lab, 1)["checkpoints"].get("divergence", 0)
+    times: list[float] = []
+    made = 0
+    while made < wanted:
+        assert len(times) < 3 * wanted, f"{made} divergences behind {len(times)} answers"
+        began = time.monotonic()
+        times.append(float(server.time()))
+        made = pair(lab, 1)["checkpoints"].get("divergence", 0) - before
+        print(
+            f"answer {len(times)} after {time.monotonic() - began:.1f} s, divergence {made}, the count is {counter.value}"
+        )
+    assert times == sorted(times)
+    print(
+        f"{pair(lab, 1)['checkpoints']}; the longest that one of {counter.value} answers took: {counter.longest_s:.1f} s"
+    )
+    counter.goes_on(1)

@@ -177,7 +177,7 @@ def _install(root: Path, wheels: Path, debs: Sequence[Path]) -> None:
     script = f"""
         set -e
         for deb in /lab/*.deb; do [ ! -e "$deb" ] || found=1; done
-        [ -z "$found" ] || dpkg --install --force-downgrade /lab/*.deb
+        [ -z "$found" ] || dpkg --install --force-downgrade --force-depends /lab/*.deb
         python3 -m venv --system-site-packages {IN_DOM0}/.venv
         {IN_DOM0}/.venv/bin/pip install --quiet --disable-pip-version-check --no-index --find-links /lab/wheels \\
             --config-settings editable_mode=compat --editable {IN_DOM0}

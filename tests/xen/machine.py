@@ -97,9 +97,10 @@ def wait(plan: XenPlan, host: int) -> float:
     while time.monotonic() - begun < BOOT_TIMEOUT:
         if READY in _console(plan, host):
             return time.monotonic() - begun
-        if running(plan, host) is None:
-            raise LabError(f"host {host} ended\n{_last_words(plan, host)}")
+        ended = running(plan, host) is None
         time.sleep(POLL)
+        if ended and running(plan, host) is None:  # one that `nice` is just about to become has no command line
+            raise LabError(f"host {host} ended\n{_last_words(plan, host)}")
     raise LabError(f"host {host} was not up after {BOOT_TIMEOUT:g} s\n{_last_words(plan, host)}")
 
 

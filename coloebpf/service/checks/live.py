@@ -1,4 +1,4 @@
-"""What the engine libxl-live needs of a host: Xen with a libxl of a known version, its hotplug script, sch_plug.
+"""What engines need of a host whose guests' NICs are on ports: Xen with a known libxl, its hotplug script, sch_plug.
 
 What is asked for is in docs/xen.md.
 """
@@ -6,6 +6,7 @@ What is asked for is in docs/xen.md.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,29 +14,58 @@ from coloebpf.errors import ConfigError
 from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
 from coloebpf.service.checks.guest import LIBRARIES
 from coloebpf.service.checks.qemu import free_address
-from coloebpf.service.config import LibxlLiveConfig, PairConfig
+from coloebpf.service.config import PairConfig
 from coloebpf.xen import xlcfg
 from coloebpf.xen.guest import SCRIPT, Wrong, port_of
 from coloebpf.xen.libxl import VERSIONS
 
 SCRIPTS = "/etc/xen/scripts"
 PRIVCMD = ("/dev/xen/privcmd", "/proc/xen/privcmd")
+AUTOBALLOON_OFF = re.compile(r"""^\s*autoballoon\s*=\s*["']?(off|0)["']?\s*$""", re.MULTILINE)
 MODULES = ("sch_plug", "act_mirred", "cls_u32")  # what keeps frames, and what joins taps and ports
 
 
 def engine(host: Host) -> Iterator[Finding]:
     """The engine could start."""
-    pairs = [(pair, live) for pair in host.known.pairs if pair.engine == "libxl-live" and (live := pair.libxl_live)]
+    pairs = [pair for pair in host.known.pairs if pair.on_ports]
     if not pairs:
-        yield Finding(OK, "no pair uses libxl-live")
+        yield Finding(OK, "no pair's NICs are on ports")
         return
     yield _library(host)
     yield _xen(host)
     yield _script(host)
     yield from _modules(host)
-    for pair, config in pairs:
-        yield free_address(f"[pair.libxl_live] listen of pair {pair.name}", config.listen)
-        yield from _guest(host, pair, config)
+    for pair in pairs:
+        yield from _addresses(pair)
+        yield from _guest(host, pair)
+    yield from _lock(host, pairs)
+
+
+def _addresses(pair: PairConfig) -> Iterator[Finding]:
+    """What must be free to listen at."""
+    if pair.engine == "libxl-live" and pair.libxl_live:
+        yield free_address(f"[pair.libxl_live] listen of pair {pair.name}", pair.libxl_live.listen)
+    if pair.engine == "libxl-remus" and pair.libxl_remus:
+        yield free_address(f"[pair.libxl_remus] stream_listen of pair {pair.name}", pair.libxl_remus.stream_listen)
+    if pair.engine == "libxl-colo" and pair.libxl_colo and pair.libxl_colo.stream_listen:
+        yield free_address(f"[pair.libxl_colo] stream_listen of pair {pair.name}", pair.libxl_colo.stream_listen)
+
+
+def _lock(host: Host, pairs: list[PairConfig]) -> Iterator[Finding]:
+    """xl takes a lock for a whole session of Remus or COLO if it may balloon (xl_vmcontrol.c, acquire_lock())."""
+    if not any(pair.relayed for pair in pairs):
+        return
+    path = host.at("/etc/xen/xl.conf")
+    text = path.read_text(errors="replace") if path.exists() else ""
+    if AUTOBALLOON_OFF.search(text):
+        yield Finding(OK, f"{path} has autoballoon off")
+    else:
+        yield Finding(
+            WARN,
+            f"{path} does not say that autoballoon is off: unless dom0's memory is fixed on Xen's command line, the "
+            "secondary's xl keeps its lock for as long as a guest is protected, and no other guest can be started",
+            'autoballoon="off"',
+        )
 
 
 def _library(host: Host) -> Finding:
@@ -79,8 +109,8 @@ def _modules(host: Host) -> Iterator[Finding]:
             yield Finding(FAIL, f"the kernel has no {name}", "use Debian's kernel, or build one with it")
 
 
-def _guest(host: Host, pair: PairConfig, config: LibxlLiveConfig) -> Iterator[Finding]:
-    path = host.at(f"/etc/xen/{config.domain}.cfg")
+def _guest(host: Host, pair: PairConfig) -> Iterator[Finding]:
+    path = host.at(f"/etc/xen/{domain_of(pair)}.cfg")
     if not path.exists():
         yield Finding(
             WARN,
@@ -95,7 +125,14 @@ def _guest(host: Host, pair: PairConfig, config: LibxlLiveConfig) -> Iterator[Fi
         return
     yield from (Finding(FAIL, f"{path}: {one.text}", one.advice) for one in found)
     if not found:
-        yield Finding(OK, f"{path} is as libxl-live needs it")
+        yield Finding(OK, f"{path} is as {pair.engine} needs it")
+
+
+def domain_of(pair: PairConfig) -> str:
+    """A guest's name in xl; "" of an engine without Xen."""
+    of = {"libxl-live": pair.libxl_live, "libxl-remus": pair.libxl_remus, "libxl-colo": pair.libxl_colo}
+    config = of.get(pair.engine)
+    return config.domain if config is not None else ""
 
 
 def wrong_in(path: Path, pair: PairConfig) -> list[Wrong]:
@@ -105,4 +142,5 @@ def wrong_in(path: Path, pair: PairConfig) -> list[Wrong]:
     except OSError as e:
         raise ConfigError(f"{path} can't be read: {e.strerror}") from e
     ports = [port_of(nic.vif) for nic in pair.nics]
-    return xlcfg.changes(xlcfg.settings(text), ports, [nic.mac for nic in pair.nics])
+    needs = xlcfg.Needs(emulated=pair.engine != "libxl-remus", colo_disks=pair.engine == "libxl-colo")
+    return xlcfg.changes(xlcfg.settings(text), ports, [nic.mac for nic in pair.nics], needs)

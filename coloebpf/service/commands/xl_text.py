@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coloebpf.errors import ConfigError
-from coloebpf.service.checks.live import wrong_in
+from coloebpf.service.checks.live import domain_of, wrong_in
 from coloebpf.service.config import Config, PairConfig
 from coloebpf.xen import xlcfg
 
@@ -38,11 +38,11 @@ def _pair(path: Path, config: Config) -> PairConfig:
         name = xlcfg.settings(path.read_text(errors="replace")).get("name")
     except OSError as e:
         raise ConfigError(f"{path} can't be read: {e.strerror}") from e
-    live = {pair.libxl_live.domain: pair for pair in config.pairs if pair.libxl_live and pair.engine == "libxl-live"}
-    if name not in live:
-        known = ", ".join(live) or "none"
+    guests = {domain_of(pair): pair for pair in config.pairs if pair.on_ports}
+    if name not in guests:
+        known = ", ".join(guests) or "none"
         raise ConfigError(
-            f'{config.path} has no pair with engine = "libxl-live" and domain = "{name}"; there are: {known}. '
-            "What libxl-colo needs, `coloebpf doctor` says of /etc/xen/NAME.cfg"
+            f'{config.path} has no pair with domain = "{name}" whose NICs are on ports; there are: {known}. '
+            "What libxl-colo without a stream_listen needs, `coloebpf doctor` says of /etc/xen/NAME.cfg"
         )
-    return live[name]
+    return guests[name]

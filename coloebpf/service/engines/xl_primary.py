@@ -184,9 +184,9 @@ class XlPrimary:
 
     async def _refusal(self, domid: int) -> str:
         """Why this guest can't be protected, or "". Raises XenError."""
-        wrong = unfit(
-            await self._tools.configuration(domid), [[port] for port in self._ports], emulated=self._stream.colo
-        )
+        colo = self._stream.colo
+        found = await self._tools.configuration(domid)
+        wrong = unfit(found, [[port] for port in self._ports], emulated=colo, colo_disks=colo)
         return "; ".join(f"{one.text} ({one.advice})" for one in wrong)
 
     async def _connect(self, standby: Standby, domid: int) -> None:
