@@ -30,7 +30,7 @@ _MAX_BANNER = 256  # bytes; xl's has 52
 # Of libxl (libxl_sr_stream_format.h).
 _END, _LIBXC_CONTEXT, _CHECKPOINT_END, _CHECKPOINT_STATE = 0, 1, 4, 5
 # Of libxc (xg_sr_stream_format.h).
-_XC_END, _XC_HVM_CONTEXT, _XC_CHECKPOINT = 0x0, 0x9, 0xE
+_XC_END, _XC_HVM_CONTEXT, _XC_CHECKPOINT, _XC_DIRTY_PFN_LIST = 0x0, 0x9, 0xE, 0xF
 
 
 class Mark(StrEnum):
@@ -43,6 +43,7 @@ class Mark(StrEnum):
     SUSPENDED = "suspended"  # back: the SVM stands still
     READY = "ready"  # back: the secondary has the whole state; the PVM goes on when this has passed
     RESUMED = "resumed"  # back: the SVM runs
+    BLIND = "blind"  # back: no page is told of that the SVM has written, which can't be of one that has run
 
 
 _STATES = {0: Mark.NEW, 1: Mark.SUSPENDED, 2: Mark.READY, 3: Mark.RESUMED}
@@ -151,6 +152,8 @@ def back(hop: Hop, at: At) -> None:
         if record.type == _CHECKPOINT_STATE:
             _tell(hop, record, at)
         else:
+            if record.type == _XC_DIRTY_PFN_LIST and not record.length:
+                at(Mark.BLIND)
             _pass(hop, record)
 
 

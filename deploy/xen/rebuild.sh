@@ -123,10 +123,11 @@ MAKE
             dh_autoreconf
             debian/rules override_dh_auto_configure
             make -f ../libraries.mk -j$(nproc) libraries
-            strip --strip-unneeded tools/libs/light/libxenlight.so.4.17.0"
+            strip --strip-unneeded tools/libs/light/libxenlight.so.4.17.0 tools/libs/guest/libxenguest.so.4.17.0"
         has tools/libs/light/libxenlight.so.4.17.0 "qemu colo-compare"
         exchange libxenmisc4.17 "libnl-3-200, libnl-route-3-200" \
-            usr/lib/x86_64-linux-gnu/libxenlight.so.4.17.0=tools/libs/light/libxenlight.so.4.17.0
+            usr/lib/x86_64-linux-gnu/libxenlight.so.4.17.0=tools/libs/light/libxenlight.so.4.17.0 \
+            usr/lib/x86_64-linux-gnu/libxenguest.so.4.17.0=tools/libs/guest/libxenguest.so.4.17.0
         exchange xen-utils-common "" +etc/xen/scripts/remus-netbuf-setup=tools/hotplug/Linux/remus-netbuf-setup
         ;;
     qemu)

@@ -312,6 +312,22 @@ def test_an_unfit_guest(play: Play) -> None:
     play(test)
 
 
+def test_a_secondary_that_does_not_tell_what_its_vm_wrote(play: Play) -> None:
+    """As libxenguest 4.17 does, unmended: the SVM would stay what it is, with each checkpoint more of a mixture."""
+
+    async def test(rig: Rig) -> None:
+        (rig.xen["b"].home / "blind").touch()
+        await rig.checkpoint("one")
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: any(isinstance(event, Failed) for _, event in rig.events), "Failed")
+        [failed] = [event for _, event in rig.events if isinstance(event, Failed)]
+        assert failed.fatal
+        assert "libxenguest does not tell" in failed.reason
+        await rig.until(lambda: not rig.processes("a") and rig.runs("a"), "the PVM to go on alone")
+
+    play(test)
+
+
 # ---- Remus -------------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from coloebpf.control import Control, PairState
 from coloebpf.errors import NotifyError
 from coloebpf.model import Role, State
 from coloebpf.service.config import LibxlLiveConfig, PairConfig, QemuConfig
-from coloebpf.service.engine import Emit, Engine
+from coloebpf.service.engine import Emit, Engine, Say
 from coloebpf.service.engines import xl
 from coloebpf.service.engines.libxl_colo import LibxlColoEngine, kept_name
 from coloebpf.service.engines.model import ModelEngine
@@ -25,7 +25,7 @@ from coloebpf.service.engines.xl_primary import XlPrimary
 from coloebpf.service.engines.xl_secondary import XlSecondary
 from coloebpf.service.fdstore import Kept, Notifier
 from coloebpf.service.log import say
-from coloebpf.service.peer.messages import EngineWord, Message
+from coloebpf.service.peer.messages import MAX_REASON, EngineWord, Message
 from coloebpf.vifs import Vifs
 from coloebpf.xen import ports
 from coloebpf.xen.guest import port_of
@@ -49,12 +49,19 @@ def make(
     return ModelEngine(emit, pair.model.commit_delay_ms / 1000, pair.model.socket, copies=pair.model.copies)
 
 
+def _teller(pair: PairConfig, send: Callable[[Message], object]) -> Say:
+    """A word to the other host's engine; of long ones the end is what matters: libxl's own last words, say."""
+
+    def tell(word: str, number: int, detail: str) -> None:
+        send(EngineWord(pair.number, word, number, detail[-MAX_REASON:]))
+
+    return tell
+
+
 def _qemu(
     pair: PairConfig, qemu: QemuConfig, control: Control, send: Callable[[Message], object], emit: Emit
 ) -> Engine:
-    def tell(word: str, number: int, detail: str) -> None:
-        send(EngineWord(pair.number, word, number, detail))
-
+    tell = _teller(pair, send)
     if pair.role is Role.PRIMARY:
         return QemuPrimary(Vms.of(pair, qemu), emit, tell, lambda: control.state(pair.number).state)
     nics = tuple(nic.number for nic in pair.nics)
@@ -65,9 +72,7 @@ def _qemu(
 def _libxl_live(
     pair: PairConfig, config: LibxlLiveConfig, control: Control, send: Callable[[Message], object], emit: Emit
 ) -> Engine:
-    def tell(word: str, number: int, detail: str) -> None:
-        send(EngineWord(pair.number, word, number, detail))
-
+    tell = _teller(pair, send)
     nics = tuple(nic.number for nic in pair.nics)
     vifs = Vifs(control, pair.number, nics)
     domains = Domains.of(pair, config)
@@ -77,8 +82,7 @@ def _libxl_live(
 
 
 def _relayed(pair: PairConfig, control: Control, send: Callable[[Message], object], emit: Emit) -> Engine:
-    def tell(word: str, number: int, detail: str) -> None:
-        send(EngineWord(pair.number, word, number, detail))
+    tell = _teller(pair, send)
 
     def state() -> State:
         return control.state(pair.number).state

@@ -38,6 +38,11 @@ from coloebpf.xen.guest import unfit
 from coloebpf.xen.records import Mark
 
 MIB = 1 << 20
+# An error of libxenguest (deploy/xen/edits/tools/40-secondary-dirty-pages.patch), which Debian's has.
+BLIND = (
+    "the secondary's libxenguest does not tell which pages its VM has written, so no checkpoint would make that one a "
+    "copy again: install what deploy/xen/rebuild.sh makes there too"
+)
 END_S = 10.0  # for xl, whose stream was ended, to let the PVM go on
 
 logger = logging.getLogger("coloebpf.xen")
@@ -234,6 +239,9 @@ class XlPrimary:
             case Mark.STILL | Mark.NEXT if held:
                 self._tasks.spawn(self._stands(relay, mark))
                 return
+            case Mark.BLIND:
+                self._tasks.spawn(self._end(BLIND))
+                self._emit(Failed(BLIND, fatal=True))
             case Mark.RESUMED:
                 self._under_way = False
                 if self._requested:
