@@ -104,11 +104,14 @@ deb:
 	$(MAKE) venv
 	deploy/debian/build $(PY)
 
-# Two Xen hosts in QEMU, and the tests on them: ten minutes from nothing, most of them for emulated CPUs. By hand: docs/xen.md.
+# Two Xen hosts in QEMU, and the tests on them: with Debian's packages, then with rebuilt ones. By hand: docs/xen-lab.md.
+# XEN_SOURCE: the version of the source package to rebuild, where the mirrors have no source of the newest.
 xen-lab:
 	deploy/install-deps.sh xen-lab
 	$(MAKE) venv
 	$(PY) -m pytest -s tests/xen
+	ls build/xen/*.deb >/dev/null 2>&1 || { deploy/xen/rebuild.sh tools build/xen $(XEN_SOURCE) && deploy/xen/rebuild.sh qemu build/xen; }
+	COLO_XEN_DEBS=build/xen $(PY) -m pytest -s tests/xen
 
 # The pictures of the documentation, of docs/pictures/*.dot and a lab.
 pictures:

@@ -30,6 +30,7 @@ dev=${vif:-$INTERFACE}
 do_or_die() { "$@" || fatal "$* failed"; }
 fatal() { echo "$*" >&2; exit 1; }
 xenstore_read() { [ "$1" = "$XENBUS_PATH/bridge" ] && echo "$PORT"; }
+xenstore_read_default() { [ "$1" = "$XENBUS_PATH/type" ] && echo "${TYPE:-$2}"; }
 success() { echo connected; }
 """
 
@@ -125,6 +126,22 @@ def test_frames_pass_both_ways(place: None, script: Path) -> None:
                 assert "master" not in sh(f"ip link show {name}")
             assert run(script, "remove", type_if="tap", INTERFACE=name, PORT="web0-x").returncode == 0
             assert run(script, "offline", type_if="vif", vif="vif5.0", PORT="web0-x").returncode == 0
+
+
+def test_a_pv_nic(place: None, script: Path) -> None:
+    """Of a guest without a tap: its vif is what is joined. The PV half of an emulated NIC is not, and stays down."""
+    ports.ensure("web0", "br0", 1500)
+    with tap("client") as client, tap("vif5.0") as guest:
+        sh("ip link set client master br0 && ip link set client up")
+        half = run(script, "online", type_if="vif", vif="vif5.0", PORT="web0-x", TYPE="vif_ioemu")
+        assert (half.returncode, half.stdout) == (0, "connected\n"), half.stderr
+        assert "state DOWN" in sh("ip link show vif5.0")
+        done = run(script, "online", type_if="vif", vif="vif5.0", PORT="web0-x", TYPE="vif")
+        assert (done.returncode, done.stdout) == (0, "connected\n"), done.stderr
+        os.write(guest, frame(1))
+        came(client, frame(1))
+        os.write(client, frame(2))
+        came(guest, frame(2))
 
 
 def test_no_such_port(place: None, script: Path) -> None:

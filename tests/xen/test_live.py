@@ -2,118 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 
-from tests.xen import service
-from tests.xen.counter import PATIENCE_S, Counter, diverge, pair, until
-from tests.xen.guests import BRIDGE, Guest
+from tests.xen import scenario
+from tests.xen.counter import until
 from tests.xen.lab import Lab
-from tests.xen.plan import DIRECT, FORWARD, HOSTS
+from tests.xen.scenario import Protected
 
 pytestmark = [pytest.mark.xen, pytest.mark.timeout(7200)]
-DIVERGENCES = 20  # that each ask for a checkpoint
-GUEST = Guest("web", "hvm", 21, 128)
-
-
-def write_configuration(lab: Lab, host: int) -> None:
-    other = 3 - host
-    lab.write(
-        host,
-        service.CONFIG,
-        f"""
-[host]
-name = "host{host}"
-[peer]
-name = "host{other}"
-listen = "{lab.plan.address(DIRECT, host)}:7788"
-connect = "{lab.plan.address(DIRECT, other)}:7788"
-heartbeat_interval_ms = 500
-heartbeat_timeout_ms = 20000
-[arbiter.command]
-fence = ["/bin/true"]  # the test has turned it off
-[[pair]]
-name = "web"
-number = 0
-role = "{"primary" if host == 1 else "secondary"}"
-engine = "libxl-live"
-arbiter = "command"
-commit_timeout_ms = 1200000
-compare_timeout_ms = 10000
-interval_max_ms = 3000000
-storm_count = 10000
-storm_window_ms = 200000
-calm_ms = 200000
-[[pair.nic]]
-number = 0
-vif = "web0"
-standby_vif = "web1"
-fwd = "{FORWARD}0"
-mac = "{GUEST.mac}"
-bridge = "{BRIDGE}"
-[pair.libxl_live]
-domain = "web"
-listen = "{lab.plan.address(DIRECT, host)}:7790"
-copy_timeout_s = 600
-step_timeout_s = 300
-""",
-    )
-
-
-@dataclasses.dataclass
-class Protected:
-    lab: Lab
-    counter: Counter
-    server: Counter  # another connection to it
 
 
 @pytest.fixture(scope="module")
 def protected(lab: Lab) -> Iterator[Protected]:
-    service.hand_out_certificates(lab)
-    for host in HOSTS:
-        lab.run(host, "install -m 755 /opt/coloebpf/deploy/xen/vif-coloebpf /etc/xen/scripts/")
-        write_configuration(lab, host)
-        config = GUEST.config().replace(f"bridge={BRIDGE}", "bridge=web0-x,script=vif-coloebpf")
-        lab.write(host, "/etc/xen/web.cfg", config)
-    with ThreadPoolExecutor() as both:  # each compiles for minutes on its emulated CPU
-        list(both.map(partial(service.start, lab), HOSTS))
-    lab.run(1, "xl create -q /etc/xen/web.cfg")
-    lab.await_answer(GUEST)
-    try:
-        yield Protected(lab, Counter(lab, GUEST.address), Counter(lab, GUEST.address))
-    finally:
-        for host in lab.running():
-            lab.run(host, "coloebpf unprotect web", check=False)  # else its programs stay
-            service.stop(lab, host)
-            lab.run(host, "for name in web web--0 web--1; do xl destroy $name; done 2>/dev/null", check=False)
+    table = '[pair.libxl_live]\nlisten = "{address}:7790"'
+    with scenario.protected_pair(lab, "libxl-live", 'standby_vif = "web1"', table) as pair:
+        yield pair
 
 
 def test_doctor_is_content(protected: Protected) -> None:
-    for host in HOSTS:
-        rows = json.loads(protected.lab.run(host, "coloebpf doctor --json", check=False))["findings"]
-        assert not [row for row in rows if row["check"] == "libxl" and row["level"] == "fail"], rows
-    protected.lab.run(1, "coloebpf config xl /etc/xen/web.cfg")
+    scenario.doctor_is_content(protected.lab)
 
 
 def test_protect(protected: Protected) -> None:
-    """The first copy; the guest goes on, and its connections too."""
-    lab, counter = protected.lab, protected.counter
-    counter.count()
-    print(lab.run(1, "coloebpf protect web", timeout=PATIENCE_S))
-    assert pair(lab, 1)["state"] == "lockstep"
-    counter.start()
-    counter.goes_on(20)
+    scenario.protect(protected)
 
 
 def test_divergences(protected: Protected) -> None:
-    """A real server's answers that can't be the same: each one waits for a checkpoint, while the load goes on."""
-    diverge(protected.lab, protected.counter, protected.server, DIVERGENCES)
+    scenario.diverging(protected)
 
 
 def test_old_replicas_end(protected: Protected) -> None:
@@ -121,13 +38,4 @@ def test_old_replicas_end(protected: Protected) -> None:
 
 
 def test_failover(protected: Protected) -> None:
-    """Host 1 loses its power under load; the connections go on, the count does not go back."""
-    lab, counter = protected.lab, protected.counter
-    lab.kill(1)
-    began = time.monotonic()
-    counter.goes_on(20)
-    print(f"20 more answers {time.monotonic() - began:.1f} s after host 1 lost its power")
-    counter.stop()
-    assert protected.server.time()
-    assert pair(lab, 2)["state"] == "promoted"
-    assert " web " in lab.run(2, "xl list").replace("web  ", " web ")
+    scenario.host_1_dies(protected)
