@@ -10,10 +10,11 @@ from itertools import pairwise
 
 import pytest
 
+from coloebpf.control import PairState
 from coloebpf.errors import ArbiterError, EngineError, PairError
 from coloebpf.model import Role, State
 from coloebpf.service.arbiters.base import Grant, Refusal
-from coloebpf.service.engine import Ready
+from coloebpf.service.engine import Ready, Replacing
 from coloebpf.service.engines.model import Step
 from coloebpf.service.peer.messages import Committed, Message, PairNote, Prepare, Prepared, StateNote
 from tests.service.pair_world import (
@@ -346,6 +347,30 @@ def test_a_checkpoint_of_the_engines_own() -> None:
         assert world.primary.ledger.commits["interval"] == 1
 
     play(test, careful=True)
+
+
+def test_an_engine_that_says_when_the_svm_is_touched() -> None:
+    """Nothing proves anything from then on, and the PVM, which runs, is in no new epoch before it stands still."""
+
+    async def test(world: World) -> None:
+        from coloebpf.service.engine import Committed as Whole
+        from coloebpf.service.engine import Overwriting, Suspended
+
+        await world.protected()
+        world.story.clear()
+        before = world.p.plane.state(0)
+        world.primary.engine_event(Overwriting(requested=False))
+        assert world.p.plane.state(0) == PairState(CHECKPOINTING, before.epoch)
+        assert world.primary.ledger.pending is not None, "it would never be overdue"
+        world.secondary.engine_event(Replacing())
+        assert world.story[-2:] == ["s checkpointing", "s clear"]
+        world.primary.engine_event(Suspended(requested=False))
+        world.primary.engine_event(Whole())
+        await world.states(LOCKSTEP, LOCKSTEP)
+        assert world.p.plane.state(0) == PairState(LOCKSTEP, before.epoch + 1)
+        assert world.story.count("s clear") == 1
+
+    play(test)
 
 
 def test_a_storm_and_the_calm_after_it() -> None:
