@@ -31,11 +31,11 @@ Play = Callable[..., None]
 def play(tmp_path: Path) -> Play:
     """Runs a test with a PVM and both engines."""
 
-    def run(test: Test, colo: bool = True) -> None:
+    def run(test: Test, colo: bool = True, state: State = State.SYNCING) -> None:
         async def all_of_it() -> None:
             for host in "ab":
                 (tmp_path / host).mkdir()
-            rig = Rig(tmp_path, colo)
+            rig = Rig(tmp_path, colo, state)
             try:
                 await rig.up()
                 await test(rig)
@@ -326,6 +326,25 @@ def test_a_secondary_that_does_not_tell_what_its_vm_wrote(play: Play) -> None:
         await rig.until(lambda: not rig.processes("a") and rig.runs("a"), "the PVM to go on alone")
 
     play(test)
+
+
+@pytest.mark.parametrize(("host", "said"), [("a", "no sch_plug"), ("b", "the other host: no sch_plug")])
+def test_a_host_that_lacks_something(play: Play, host: str, said: str) -> None:
+    """Whoever says `protect` hears it on the primary, of either host; when it is mended it can be said again."""
+
+    async def test(rig: Rig) -> None:
+        rig.lacks[host] = "no sch_plug"
+        rig.set_state(State.SYNCING)
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: any(isinstance(event, Failed) for _, event in rig.events), "Failed")
+        assert next(event for _, event in rig.events if isinstance(event, Failed)) == Failed(said, fatal=True)
+        assert not rig.processes("a")
+        rig.set_state(State.UNPROTECTED)
+        rig.lacks[host] = ""
+        rig.set_state(State.SYNCING)
+        await rig.checkpoint("one")
+
+    play(test, state=State.UNPROTECTED)
 
 
 # ---- Remus -------------------------------------------------------------------------------------------------------------

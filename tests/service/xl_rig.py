@@ -30,14 +30,15 @@ def _free_port() -> int:
 class Rig:
     """`steps`: words, events of both engines and what the ports were told, in order. Host a is the primary."""
 
-    def __init__(self, work_dir: Path, colo: bool = True) -> None:
+    def __init__(self, work_dir: Path, colo: bool = True, state: State = State.SYNCING) -> None:
         self.xen = {host: FakeXen(work_dir / host / "xen") for host in "ab"}
         self.streams = {host: self._stream(work_dir / host, colo) for host in "ab"}
-        self.state = {"a": State.SYNCING, "b": State.SYNCING}
+        self.state = {"a": state, "b": state}
         self.steps: list[str] = []
         self.events: list[tuple[str, EngineEvent]] = []
         self.on_step: Callable[[str], None] = lambda step: None
         self.deaf: set[str] = set()  # hosts that hear nothing
+        self.lacks = dict.fromkeys("ab", "")
         self.domid = self.xen["a"].create(guest(), "0")
         self.primary = self.make_primary()
         self.secondary = self.make_secondary()
@@ -55,14 +56,19 @@ class Rig:
 
     def make_primary(self) -> XlPrimary:
         return XlPrimary(
-            self.streams["a"], ["tapA-x"], lambda event: self._hear("a", event), self._to("b"), lambda: self.state["a"]
+            self.streams["a"],
+            ["tapA-x"],
+            lambda event: self._hear("a", event),
+            self._to("b"),
+            lambda: self.state["a"],
+            lambda: self.lacks["a"],
         )
 
     def make_secondary(self) -> XlSecondary:
         ports = FakePorts(self._note)
         return XlSecondary(
             self.streams["b"], ["tapA"], ports, lambda event: self._hear("b", event), self._to("a"),
-            lambda: self.state["b"],
+            lambda: self.state["b"], lambda: self.lacks["b"],
         )  # fmt: skip
 
     async def up(self) -> None:

@@ -37,6 +37,11 @@ def toolstack(host: Host) -> Iterator[Finding]:
     if not _pairs(host):
         yield Finding(OK, "no pair uses libxl-colo")
         return
+    yield from stack(host)
+
+
+def stack(host: Host) -> Iterator[Finding]:
+    """What there is for COLO."""
     if not shutil.which("xl", path=host.path):
         yield Finding(FAIL, "xl is not there", "apt-get install xen-utils, and boot Xen")
         return

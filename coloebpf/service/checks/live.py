@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coloebpf.errors import ConfigError
+from coloebpf.service.checks import guest
 from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
 from coloebpf.service.checks.guest import LIBRARIES
 from coloebpf.service.checks.qemu import free_address
@@ -39,6 +40,14 @@ def engine(host: Host) -> Iterator[Finding]:
         yield from _addresses(pair)
         yield from _guest(host, pair)
     yield from _lock(host, pairs)
+
+
+def lacks(engine: str, host: Host) -> str:
+    """Why no guest can be protected by this engine with this host, in one sentence; "" if nothing speaks against it."""
+    found = [_library(host), _xen(host), _script(host), *_modules(host)]
+    if engine == "libxl-colo":
+        found += guest.stack(host)
+    return "; ".join(f"{one.text} ({one.advice})" for one in found if one.level == FAIL)
 
 
 def _addresses(pair: PairConfig) -> Iterator[Finding]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
 from coloebpf.control import Control, PairState
 from coloebpf.errors import NotifyError
 from coloebpf.model import Role, State
+from coloebpf.service.checks import live
+from coloebpf.service.checks.finding import Host
 from coloebpf.service.config import LibxlLiveConfig, PairConfig, QemuConfig
 from coloebpf.service.engine import Emit, Engine, Say
 from coloebpf.service.engines import xl
@@ -75,10 +78,17 @@ def _libxl_live(
     tell = _teller(pair, send)
     nics = tuple(nic.number for nic in pair.nics)
     vifs = Vifs(control, pair.number, nics)
-    domains = Domains.of(pair, config)
+    domains, lacks = Domains.of(pair, config), _lacks(pair)
     if pair.role is Role.PRIMARY:
-        return XenPrimary(domains, emit, tell, lambda: control.state(pair.number).state, lambda: vifs.here(nics[0]))
-    return XenSecondary(nics, domains, vifs, ports, emit, tell, lambda: control.state(pair.number))
+        return XenPrimary(
+            domains,
+            emit,
+            tell,
+            lambda: control.state(pair.number).state,
+            lambda: vifs.here(nics[0]),
+            lacks=_lacks(pair),
+        )
+    return XenSecondary(nics, domains, vifs, ports, emit, tell, lambda: control.state(pair.number), lacks=lacks)
 
 
 def _relayed(pair: PairConfig, control: Control, send: Callable[[Message], object], emit: Emit) -> Engine:
@@ -93,8 +103,12 @@ def _relayed(pair: PairConfig, control: Control, send: Callable[[Message], objec
         assert pair.libxl_colo is not None
         stream = Stream.of_colo(pair.name, pair.libxl_colo)
     if pair.role is Role.PRIMARY:
-        return XlPrimary(stream, [port_of(nic.vif) for nic in pair.nics], emit, tell, state)
-    return XlSecondary(stream, [nic.vif for nic in pair.nics], ports, emit, tell, state)
+        return XlPrimary(stream, [port_of(nic.vif) for nic in pair.nics], emit, tell, state, _lacks(pair))
+    return XlSecondary(stream, [nic.vif for nic in pair.nics], ports, emit, tell, state, _lacks(pair))
+
+
+def _lacks(pair: PairConfig) -> Callable[[], str]:
+    return lambda: live.lacks(pair.engine, Host(now=time.time()))
 
 
 def reconfigure(engine: Engine, pair: PairConfig) -> None:

@@ -37,7 +37,10 @@ logger = logging.getLogger("coloebpf.xen")
 
 
 class XenPrimary:
-    """See coloebpf.service.engine.Engine. `state`: the pair's; `here`: ifindex of what has its first NIC's hooks."""
+    """See coloebpf.service.engine.Engine. `state`: the pair's; `here`: ifindex of what has its first NIC's hooks.
+
+    `lacks`: what this host lacks for it (checks/live.py).
+    """
 
     name = "libxl-live"
     signals_suspended = True
@@ -52,9 +55,10 @@ class XenPrimary:
         state: Callable[[], State],
         here: Callable[[], int],
         index: Callable[[str], int] = index_of,
+        lacks: Callable[[], str] = lambda: "",
     ) -> None:
         self._domains, self._emit_to, self._say_to, self._state = domains, emit, tell, state
-        self._here, self._index = here, index
+        self._here, self._index, self._lacks = here, index, lacks
         self._config = domains.config
         self.domid: int | None = None  # of the PVM, if it is there
         self._standby: Standby | None = None
@@ -128,6 +132,9 @@ class XenPrimary:
                 self._wake.set()
             case "whole" | "lost" if copy:
                 copy.heard(word, detail)
+            case "unfit":
+                self._emit(Failed(f"the other host: {detail}", fatal=True))
+                self._emit(Ready())
             case "gone":
                 self._emit(SecondaryGone(detail))
 
@@ -184,6 +191,8 @@ class XenPrimary:
 
     async def _refusal(self, domid: int) -> str:
         """Why this guest can't be protected, or "". Raises XenError."""
+        if lacks := await asyncio.to_thread(self._lacks):
+            return lacks
         if wrong := await self._domains.unfit(domid):
             return "; ".join(f"{one.text} ({one.advice})" for one in wrong)
         slot = await self._domains.slot_of(domid)

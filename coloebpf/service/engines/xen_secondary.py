@@ -49,8 +49,10 @@ class XenSecondary:
         tell: Say,
         state: Callable[[], PairState],
         index: Callable[[str], int] = index_of,
+        lacks: Callable[[], str] = lambda: "",
     ) -> None:
         self._domains, self._emit_to, self._say_to, self._pair = domains, emit, tell, state
+        self._lacks = lacks
         self._places = Places(nics, domains, vifs, ports, index)
         self._replicas = Replicas(domains, self._places, tell, lambda reason: self._emit(DomainGone(reason)))
         self._door = Door(domains.pair, domains.config.listen, self._token, self._take)
@@ -133,6 +135,9 @@ class XenSecondary:
                 await self._replicas.look()
                 if state is State.SYNCING:
                     self._replicas.mine = False  # whoever was the guest here: another protection begins
+                if state is State.SYNCING and self.standby is None and (lacks := await asyncio.to_thread(self._lacks)):
+                    self._say_to("unfit", 0, lacks)
+                    raise EngineError(lacks)
                 if state in WANTED and not self._replicas.mine and self.standby is None:
                     await self._replicas.begin_standby(alone=state is State.SYNCING)
                 elif state is State.UNPROTECTED:

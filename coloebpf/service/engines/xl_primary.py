@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 from collections.abc import Callable, Sequence
 
 from coloebpf.errors import EngineError, XenError
@@ -30,8 +28,9 @@ from coloebpf.service.engine import (
 from coloebpf.service.engines.standby import Standby
 from coloebpf.service.engines.xen_primary import ASK_S, TEND_S, WANTED
 from coloebpf.service.engines.xen_pvm import Pvm
-from coloebpf.service.engines.xen_relay import Relay, arrives, launch
+from coloebpf.service.engines.xen_relay import Relay
 from coloebpf.service.engines.xen_stream import Stream
+from coloebpf.service.engines.xl_sending import END_S, Sending
 from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
 from coloebpf.xen.guest import unfit
@@ -43,7 +42,6 @@ BLIND = (
     "the secondary's libxenguest does not tell which pages its VM has written, so no checkpoint would make that one a "
     "copy again: install what deploy/xen/rebuild.sh makes there too"
 )
-END_S = 10.0  # for xl, whose stream was ended, to let the PVM go on
 
 logger = logging.getLogger("coloebpf.xen")
 
@@ -55,13 +53,21 @@ class XlPrimary:
     copies = True
     hands_over = ""
 
-    def __init__(self, stream: Stream, ports: Sequence[str], emit: Emit, tell: Say, state: Callable[[], State]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        ports: Sequence[str],
+        emit: Emit,
+        tell: Say,
+        state: Callable[[], State],
+        lacks: Callable[[], str] = lambda: "",
+    ) -> None:
         self.name = "libxl-colo" if stream.colo else "libxl-remus"
         self._stream, self._ports = stream, ports
-        self._emit_to, self._say_to, self._state = emit, tell, state
+        self._emit_to, self._say_to, self._state, self._lacks = emit, tell, state, lacks
         self._tools = stream.toolstack()
         self.pvm = Pvm(self._tools, self._emit)
-        self._xl: asyncio.subprocess.Process | None = None
+        self._sending = Sending(stream)
         self._relay: Relay | None = None
         self._standby: Standby | None = None
         self._heard = 0  # number of the last standby that was offered
@@ -139,6 +145,9 @@ class XlPrimary:
                 self._has = number
                 self._commit()
                 self._caught_up.set()
+            case "unfit":
+                self._emit(Failed(f"the other host: {detail}", fatal=True))
+                self._emit(Ready())
             case "gone":
                 self._tasks.spawn(self._end(detail))
                 self._emit(SecondaryGone(detail))
@@ -152,7 +161,7 @@ class XlPrimary:
 
     async def _tend(self) -> None:
         while True:
-            await self.pvm.look(may_stand=self._relay is not None or self._xl is not None)
+            await self.pvm.look(may_stand=self._relay is not None or self._sending.alive)
             wanted = self._state() in WANTED
             if not wanted:
                 self._standby = None
@@ -189,39 +198,20 @@ class XlPrimary:
 
     async def _refusal(self, domid: int) -> str:
         """Why this guest can't be protected, or "". Raises XenError."""
+        if lacks := await asyncio.to_thread(self._lacks):
+            return lacks
         colo = self._stream.colo
         found = await self._tools.configuration(domid)
         wrong = unfit(found, [[port] for port in self._ports], emulated=colo, colo_disks=colo)
         return "; ".join(f"{one.text} ({one.advice})" for one in wrong)
 
     async def _connect(self, standby: Standby, domid: int) -> None:
-        stream, endpoint = self._stream, self._stream.endpoint
         self._ending, self._first, self._under_way = "", True, True
         self._stood = self._has = 0
         with await standby.reach() as net:
-            if endpoint is not None:
-                await self._note_endpoint(domid, endpoint.host, endpoint.port)
-            self._xl = await launch(stream.home, stream.sending())
-            try:
-                self._relay = await arrives(
-                    stream.home, self._xl, stream.step_timeout_s, self._at, self._cut, self._over
-                )
-                self._relay.start(net, stream.colo, endpoint=endpoint and [endpoint.host, endpoint.port])
-            except BaseException:
-                self._xl = None
-                raise
+            self._relay = await self._sending.begin(domid, net, self._at, self._cut, self._over)
         self._relay.listen()
         self._say_it(logging.INFO, "libxl sends the guest", domain=domid)
-
-    async def _note_endpoint(self, domid: int, host: str, port: int) -> None:
-        """Where libxl finds its proxy (libxl_nic.c): without a port it crashes."""
-        keys = f"/libxl/{domid}/device/vif/0/colo_checkpoint_"
-        process = await asyncio.create_subprocess_exec(
-            self._stream.xenstore_write, f"{keys}host", host, f"{keys}port", str(port), stderr=asyncio.subprocess.PIPE
-        )
-        _, said = await process.communicate()
-        if process.returncode:
-            raise EngineError(f"xenstore does not take {keys}port: {said.decode(errors='replace').strip()}")
 
     # ---- what the relay meets --------------------------------------------------------------------------------------
 
@@ -290,9 +280,7 @@ class XlPrimary:
 
     async def _ended(self, why: str) -> None:
         """xl lets the PVM go on at its end, whatever that was."""
-        xl, self._xl = self._xl, None
-        if xl is not None:
-            await self._bury(xl)
+        await self._sending.end()
         if self._ending:
             return
         try:
@@ -315,18 +303,7 @@ class XlPrimary:
         self._say_it(logging.INFO, "the stream ends", why=why)
         relay.end()
         await asyncio.wait((relay.over,), timeout=END_S)
-        if self._xl is not None:
-            await self._bury(self._xl)
-            self._xl = None
-
-    async def _bury(self, xl: asyncio.subprocess.Process) -> None:
-        try:
-            async with asyncio.timeout(END_S):
-                await xl.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(xl.pid, signal.SIGKILL)
-            await xl.wait()
+        await self._sending.end()
 
     def _emit(self, event: EngineEvent) -> None:
         if not self._stopped:

@@ -32,18 +32,28 @@ logger = logging.getLogger("coloebpf.xen")
 
 
 class XlSecondary:
-    """See coloebpf.service.engine.Engine. `vifs`: what the SVM's NICs are behind; `state`: the pair's."""
+    """See coloebpf.service.engine.Engine. `vifs`: what the SVM's NICs are behind; `state`: the pair's.
+
+    `lacks`: what this host lacks for it (checks/live.py).
+    """
 
     signals_suspended = True
     copies = True
     hands_over = ""
 
     def __init__(
-        self, stream: Stream, vifs: Sequence[str], ports: Ports, emit: Emit, tell: Say, state: Callable[[], State]
+        self,
+        stream: Stream,
+        vifs: Sequence[str],
+        ports: Ports,
+        emit: Emit,
+        tell: Say,
+        state: Callable[[], State],
+        lacks: Callable[[], str] = lambda: "",
     ) -> None:
         self.name = "libxl-colo" if stream.colo else "libxl-remus"
         self._stream, self._vifs, self._ports = stream, vifs, ports
-        self._emit_to, self._say_to, self._state = emit, tell, state
+        self._emit_to, self._say_to, self._state, self._lacks = emit, tell, state, lacks
         self._tools = stream.toolstack()
         self._door = Door(stream.pair, stream.listen, lambda: self._token, self._take)
         self._token: str | None = None  # of the standby that is offered
@@ -128,6 +138,9 @@ class XlSecondary:
             try:
                 if state is State.SYNCING and self._relay is None and self._taking is None and self._token is None:
                     self._mine = False  # whoever was the guest here: another protection begins
+                    if lacks := await asyncio.to_thread(self._lacks):
+                        self._say_to("unfit", 0, lacks)
+                        raise EngineError(lacks)
                     await self._clear()
                     self._token, self._number = new_token(), next(self._numbers)
                     self._offer()
