@@ -18,9 +18,12 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ START_S = 60.0  # for the service's `start`; without it xl would wait for ever
 INIT_S = 5.0  # for libxl's INIT behind its connect
 TOLD_S = 1.0  # between two words on how much was passed
 PACKET = 1 << 16
+DRAIN_S = 60.0  # for xl to read what it has been sent, at the end
+LOOK_S = 0.01
 SMALL_PIPE = 4096  # bytes: what Remus' libxl can have written of a checkpoint before its first record was read
 
 # What waits for the service's `go`, by side and kind.
@@ -40,8 +45,46 @@ HELD_BY_PRIMARY = {True: {Mark.NEW, Mark.READY}, False: {Mark.STILL, Mark.NEXT}}
 HELD_BY_SECONDARY = {True: {Mark.NEW}, False: set[Mark]()}
 
 
+class Resettable:
+    """A way into xl that can end with an error. At a plain end of file libxl 4.17 aborts instead of taking over, if it
+    comes between two checkpoints (libxl_stream_read.c takes it for an END record, and stream_complete() asserts).
+
+    `far`: what xl reads from.
+    """
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self._near = socket.create_connection(listener.getsockname())
+            self.far, peer = listener.accept()
+            while peer != self._near.getsockname():  # somebody else on this host was faster
+                self.far.close()
+                self.far, peer = listener.accept()
+        self._near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def fileno(self) -> int:
+        """Where to write."""
+        return self._near.fileno()
+
+    def reset(self) -> None:
+        """The end, when xl has read all that was written: the secondary may have said that it has it."""
+        deadline = time.monotonic() + DRAIN_S
+        while self._unread() and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+        self._near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._near.close()
+        self.far.close()
+
+    def _unread(self) -> int:
+        """Bytes in either socket."""
+        said = bytearray(4)
+        fcntl.ioctl(self._near, termios.TIOCOUTQ, said)
+        unsent = int.from_bytes(said, sys.byteorder)
+        fcntl.ioctl(self.far, termios.FIONREAD, said)
+        return unsent + int.from_bytes(said, sys.byteorder)
+
+
 class Relay:
-    """`out`, `exit_`: this process's own end, parameters for tests."""
+    """`exit_` is this process's own end."""
 
     def __init__(self, listener: socket.socket, exit_: Callable[[], object]) -> None:
         self._listener, self._exit = listener, exit_
@@ -49,6 +92,7 @@ class Relay:
         self._service: socket.socket | None = None
         self._net: socket.socket | None = None
         self._xl: subprocess.Popen[bytes] | None = None
+        self._into: Resettable | None = None
         self._libxl: socket.socket | None = None  # its connection as COLO's client
         self._holds: set[Mark] = set()
         self._held: list[Mark] = []
@@ -148,12 +192,13 @@ class Relay:
             self._run(lambda: self._primary(lambda: back(here, self._at)))
         else:
             self._holds = HELD_BY_SECONDARY[colo]
+            self._into = Resettable()
             self._xl = xl = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                argv, stdin=self._into.far.fileno(), stdout=subprocess.PIPE, start_new_session=True
             )
-            assert xl.stdin is not None and xl.stdout is not None
-            into, from_ = xl.stdin.fileno(), xl.stdout.fileno()
-            there, here = Hop(fd, into), Hop(from_, fd)
+            assert xl.stdout is not None
+            from_ = xl.stdout.fileno()
+            there, here = Hop(fd, self._into.fileno()), Hop(from_, fd)
             self._hops = [there, here]
             self._run(lambda: self._take_in(there, colo))
             self._run(lambda: self._answer(here, from_))
@@ -216,7 +261,7 @@ class Relay:
     # ---- the secondary's -------------------------------------------------------------------------------------------
 
     def _take_in(self, hop: Hop, colo: bool) -> None:
-        assert self._xl is not None and self._xl.stdin is not None
+        assert self._into is not None
         why = "the other host has closed the connection"
         try:
             forth(hop, colo, self._at)
@@ -227,7 +272,7 @@ class Relay:
         self._note_cut(why)
         with self._changed:
             self._changed.wait_for(lambda: self._ending)
-        self._xl.stdin.close()  # now libxl takes over
+        self._into.reset()  # now libxl takes over
 
     def _answer(self, hop: Hop, from_: int) -> None:
         assert self._xl is not None

@@ -146,6 +146,7 @@ class Receiver:
     def __init__(self, xen: FakeXen, args: list[str]) -> None:
         self.xen, self.colo = xen, "--colo" in args
         self.domid: int | None = None
+        self.waits = False  # between two checkpoints
         write(1, BANNER)
         config = json.loads(read_head(0))
         self.name = config["c_info"]["name"]
@@ -156,7 +157,11 @@ class Receiver:
         try:
             while True:
                 self.checkpoint(config)
-        except (XenError, OSError) as e:
+        except OSError as e:
+            print(f"xl: {e}", file=sys.stderr)
+        except XenError as e:
+            if self.colo and self.waits:  # stream_complete: Assertion `rc' failed
+                os.abort()
             print(f"xl: {e}", file=sys.stderr)
         if self.domid is None:
             sys.exit(1)
@@ -187,7 +192,9 @@ class Receiver:
             self.xen.unpause(self.domid)
         self.xen.write(self.domid, suspended=False)
         write(1, state(RESUMED))
+        self.waits = True
         expect(0, NEW)
+        self.waits = False
         self.xen.write(self.domid, suspended=True)
         blind = (self.xen.home / "blind").exists()
         write(1, state(SUSPENDED) + record(DIRTY, b"" if blind else bytes(16)))
