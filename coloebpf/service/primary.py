@@ -222,7 +222,7 @@ class Primary(Protecting):
             self.out.send(messages.Suspended(self.number, self.out.control.state(self.number).epoch))
         if not requested:
             self.ledger.unasked(self.out.clock())
-            self.say(logging.WARNING, "the engine has made a checkpoint of its own accord", engine=self.engine.name)
+            self.say(logging.INFO, "the engine has made a checkpoint of its own accord", engine=self.engine.name)
 
     def _committed(self) -> None:
         if self._outdated:
