@@ -37,6 +37,7 @@ from coloebpf.service.report import Reporter
 from coloebpf.service.secondary import Secondary
 from coloebpf.service.tasks import Tasks
 from coloebpf.vifs import Vifs
+from coloebpf.xen.watcher import Watcher
 
 log = logging.getLogger("coloebpf.service")
 
@@ -61,6 +62,7 @@ class Service:
         self.troubles: dict[str, str] = {}
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._kept = making.KeptConnections(kept, notifier)
+        self._watcher = Watcher()
         self._arbiters: dict[str, Arbiter] = {}
         self._reporter = Reporter(self, clock)
         self._socket = ControlSocket(config.host.control_socket, self._reporter, Orders(self.all))
@@ -165,7 +167,9 @@ class Service:
             self.control, other.link.send, other.heartbeat, arbiter, self.clock, self._announce, aliases,
         )  # fmt: skip
         kind = Primary if config.role is Role.PRIMARY else Secondary
-        pair = kind(config, partial(making.make, config, self.notifier, self.control, other.link.send), outside)
+        pair = kind(
+            config, partial(making.make, config, self.notifier, self.control, self._watcher, other.link.send), outside
+        )
         self.hooks.exempt(config)
         pair.machine.listeners.append(self._changed)
         self._kept.hand_over(config, pair.engine, self.control.state(config.number))

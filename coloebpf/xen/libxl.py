@@ -21,7 +21,7 @@ NO_DOMID = 0xFFFFFFFF  # INVALID_DOMID
 CONFIG_BYTES = 1 << 16  # more than a libxl_domain_config, which is some 3 KiB and not described here
 ERRORS = {-3: "it failed", -6: "it is no valid request", -8: "the guest did not answer", -21: "there is no such domain"}
 NOT_FOUND = -21  # ERROR_DOMAIN_NOTFOUND
-SUSPENDED = 2  # LIBXL_SHUTDOWN_REASON_SUSPEND
+REBOOT, SUSPENDED = 1, 2  # LIBXL_SHUTDOWN_REASON_...
 LOG_ERRORS = 8  # XTL_ERROR
 
 
@@ -78,7 +78,10 @@ _CALLS: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain. `suspended`: stands still for a copy; `ended`: crashed, shut down or being destroyed."""
+    """One domain. `suspended`: stands still for a copy; `ended`: crashed, shut down or being destroyed.
+
+    `reboots`: it has ended to be started anew, which is for xl to do: as another domain with the same UUID.
+    """
 
     domid: int
     name: str
@@ -86,6 +89,7 @@ class Domain:
     paused: bool
     suspended: bool
     ended: bool
+    reboots: bool
 
 
 def find() -> str:
@@ -162,6 +166,7 @@ class LibXl:
             paused=info.paused,
             suspended=suspended,
             ended=bool(info.dying or (info.shutdown and not suspended)),
+            reboots=bool((info.dying or info.shutdown) and info.shutdown_reason == REBOOT),
         )
 
     def configuration(self, domid: int) -> str:

@@ -19,7 +19,7 @@ from coloebpf.xen.libxl import Domain
 from coloebpf.xen.worker import serve
 
 LOOK_S = 0.005
-FLAGS = {"paused": False, "suspended": False, "ended": False}
+FLAGS = {"paused": False, "suspended": False, "ended": False, "reboots": False}
 
 
 class FakeXen:

@@ -167,7 +167,10 @@ class Receiver:
             sys.exit(1)
         # As in do_failover(), and in migrate_receive().
         self.xen.write(self.domid, suspended=False)
-        self.xen.rename(self.domid, f"{self.name}--incoming", self.name)
+        try:
+            self.xen.rename(self.domid, f"{self.name}--incoming", self.name)
+        except XenError as e:
+            print(f"xl: {e}", file=sys.stderr)  # it goes on all the same
         if not self.colo:
             self.xen.unpause(self.domid)
         sys.exit(0)

@@ -19,12 +19,17 @@ from coloebpf.service.engine import Committed, EngineEvent, Ready, Replacing, Su
 from coloebpf.service.engines.xen_domains import Domains
 from coloebpf.service.engines.xen_primary import XenPrimary
 from coloebpf.service.engines.xen_secondary import XenSecondary
+from coloebpf.xen.watcher import Watcher
 from tests.service.fake_xen import FakeXen
 from tests.service.qemu_rig import INDEX, TAPS, FakeVifs
 
 SOON_S = 60.0  # seconds that anything may take on a busy machine
+HOUR_S = 3600.0  # between two looks that nothing has asked for: no test lasts so long
 VIFS = [("tapA",), ("tapB",)]
 assert VIFS == TAPS
+
+
+MAC = "02:c0:10:00:00:01"
 
 
 def guest(name: str = "web", bridge: str = "tapA-x") -> dict[str, Any]:
@@ -33,7 +38,7 @@ def guest(name: str = "web", bridge: str = "tapA-x") -> dict[str, Any]:
         "c_info": {"type": "hvm", "name": name, "uuid": "11111111-2222-3333-4444-555555555555", "domid": 1},
         "b_info": {"type.hvm": {"xen_platform_pci": "False"}},
         "nics": [
-            {"devid": 0, "mac": "02:c0:10:00:00:01", "model": "e1000", "nictype": "vif_ioemu", "ifname": "own0",
+            {"devid": 0, "mac": MAC, "model": "e1000", "nictype": "vif_ioemu", "ifname": "own0",
              "script": "/etc/xen/scripts/vif-coloebpf", "bridge": bridge}
         ],
     }  # fmt: skip
@@ -73,6 +78,7 @@ class Rig:
             )
             for host, path in self.dirs.items()
         }  # fmt: skip
+        self.watchers = {host: Watcher(path / "xenstored", net_s=HOUR_S) for host, path in self.dirs.items()}
         self.state = State.SYNCING  # of the primary's pair
         self.vifs = FakeVifs()
         self.vifs.word = PairState(State.SYNCING, 0)
@@ -87,12 +93,12 @@ class Rig:
 
     def _domains(self, host: str) -> Domains:
         argv = (sys.executable, "-m", "tests.service.fake_xen", str(self.xen[host].home))
-        return Domains("web", self.configs[host], VIFS, argv)
+        return Domains("web", self.configs[host], VIFS, self.watchers[host], argv)
 
     def make_primary(self) -> XenPrimary:
         return XenPrimary(
             self._domains("a"), lambda event: self._hear("a", event), self._to("b"), lambda: self.state,
-            lambda: INDEX["tapA"], INDEX.__getitem__,
+            lambda: INDEX["tapA"], [MAC], INDEX.__getitem__,
         )  # fmt: skip
 
     def make_secondary(self) -> XenSecondary:

@@ -18,8 +18,9 @@ from coloebpf.service.engine import Committed, EngineEvent, Overwriting, Ready, 
 from coloebpf.service.engines.xen_stream import Stream
 from coloebpf.service.engines.xl_primary import XlPrimary
 from coloebpf.service.engines.xl_secondary import XlSecondary
+from coloebpf.xen.watcher import Watcher
 from tests.service.fake_xen import FakeXen
-from tests.service.xen_rig import SOON_S, FakePorts, guest
+from tests.service.xen_rig import HOUR_S, MAC, SOON_S, FakePorts, guest
 
 
 def _free_port() -> int:
@@ -33,6 +34,7 @@ class Rig:
     def __init__(self, work_dir: Path, colo: bool = True, state: State = State.SYNCING) -> None:
         self.xen = {host: FakeXen(work_dir / host / "xen") for host in "ab"}
         self.streams = {host: self._stream(work_dir / host, colo) for host in "ab"}
+        self.watchers = {host: Watcher(work_dir / host / "xenstored", net_s=HOUR_S) for host in "ab"}
         self.state = {"a": state, "b": state}
         self.steps: list[str] = []
         self.events: list[tuple[str, EngineEvent]] = []
@@ -56,18 +58,14 @@ class Rig:
 
     def make_primary(self) -> XlPrimary:
         return XlPrimary(
-            self.streams["a"],
-            ["tapA-x"],
-            lambda event: self._hear("a", event),
-            self._to("b"),
-            lambda: self.state["a"],
-            lambda: self.lacks["a"],
-        )
+            self.streams["a"], self.watchers["a"], ["tapA-x"], [MAC], lambda event: self._hear("a", event),
+            self._to("b"), lambda: self.state["a"], lambda: self.lacks["a"],
+        )  # fmt: skip
 
     def make_secondary(self) -> XlSecondary:
         ports = FakePorts(self._note)
         return XlSecondary(
-            self.streams["b"], ["tapA"], ports, lambda event: self._hear("b", event), self._to("a"),
+            self.streams["b"], self.watchers["b"], ["tapA"], ports, lambda event: self._hear("b", event), self._to("a"),
             lambda: self.state["b"], lambda: self.lacks["b"],
         )  # fmt: skip
 

@@ -32,20 +32,26 @@ from coloebpf.service.peer.messages import MAX_REASON, EngineWord, Message
 from coloebpf.vifs import Vifs
 from coloebpf.xen import ports
 from coloebpf.xen.guest import port_of
+from coloebpf.xen.watcher import Watcher
 
 log = logging.getLogger("coloebpf.engines")
 
 
 def make(
-    pair: PairConfig, notifier: Notifier, control: Control, send: Callable[[Message], object], emit: Emit
+    pair: PairConfig,
+    notifier: Notifier,
+    control: Control,
+    watcher: Watcher,
+    send: Callable[[Message], object],
+    emit: Emit,
 ) -> Engine:
-    """The engine, not started. `send`: to the other host's service."""
+    """The engine, not started. `watcher`: of this host's Xen domains; `send`: to the other host's service."""
     if pair.qemu is not None and pair.engine == "qemu":
         return _qemu(pair, pair.qemu, control, send, emit)
     if pair.libxl_live is not None and pair.engine == "libxl-live":
-        return _libxl_live(pair, pair.libxl_live, control, send, emit)
+        return _libxl_live(pair, pair.libxl_live, control, watcher, send, emit)
     if pair.relayed:
-        return _relayed(pair, control, send, emit)
+        return _relayed(pair, control, watcher, send, emit)
     if pair.libxl_colo is not None and pair.engine == "libxl-colo":
         alive = partial(xl.domain_alive, pair.libxl_colo.domain)
         return LibxlColoEngine(pair.name, pair.role, pair.libxl_colo.listen, emit, alive, notifier)
@@ -73,12 +79,17 @@ def _qemu(
 
 
 def _libxl_live(
-    pair: PairConfig, config: LibxlLiveConfig, control: Control, send: Callable[[Message], object], emit: Emit
+    pair: PairConfig,
+    config: LibxlLiveConfig,
+    control: Control,
+    watcher: Watcher,
+    send: Callable[[Message], object],
+    emit: Emit,
 ) -> Engine:
     tell = _teller(pair, send)
     nics = tuple(nic.number for nic in pair.nics)
     vifs = Vifs(control, pair.number, nics)
-    domains, lacks = Domains.of(pair, config), _lacks(pair)
+    domains, lacks = Domains.of(pair, config, watcher), _lacks(pair)
     if pair.role is Role.PRIMARY:
         return XenPrimary(
             domains,
@@ -86,12 +97,15 @@ def _libxl_live(
             tell,
             lambda: control.state(pair.number).state,
             lambda: vifs.here(nics[0]),
-            lacks=_lacks(pair),
+            [nic.mac for nic in pair.nics],
+            lacks=lacks,
         )
     return XenSecondary(nics, domains, vifs, ports, emit, tell, lambda: control.state(pair.number), lacks=lacks)
 
 
-def _relayed(pair: PairConfig, control: Control, send: Callable[[Message], object], emit: Emit) -> Engine:
+def _relayed(
+    pair: PairConfig, control: Control, watcher: Watcher, send: Callable[[Message], object], emit: Emit
+) -> Engine:
     tell = _teller(pair, send)
 
     def state() -> State:
@@ -103,8 +117,9 @@ def _relayed(pair: PairConfig, control: Control, send: Callable[[Message], objec
         assert pair.libxl_colo is not None
         stream = Stream.of_colo(pair.name, pair.libxl_colo)
     if pair.role is Role.PRIMARY:
-        return XlPrimary(stream, [port_of(nic.vif) for nic in pair.nics], emit, tell, state, _lacks(pair))
-    return XlSecondary(stream, [nic.vif for nic in pair.nics], ports, emit, tell, state, _lacks(pair))
+        behind, macs = [port_of(nic.vif) for nic in pair.nics], [nic.mac for nic in pair.nics]
+        return XlPrimary(stream, watcher, behind, macs, emit, tell, state, _lacks(pair))
+    return XlSecondary(stream, watcher, [nic.vif for nic in pair.nics], ports, emit, tell, state, _lacks(pair))
 
 
 def _lacks(pair: PairConfig) -> Callable[[], str]:

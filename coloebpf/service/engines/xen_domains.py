@@ -17,6 +17,7 @@ from coloebpf.service.log import say
 from coloebpf.xen.client import ARGV
 from coloebpf.xen.guest import Wrong, port_of, ports_of, unfit
 from coloebpf.xen.libxl import Domain
+from coloebpf.xen.watcher import Watcher
 
 SLOTS = (0, 1)
 
@@ -35,16 +36,23 @@ class Domains(Toolstack):
     """`vifs`: names of the devices of each slot, in the order of the pair's NICs. Its methods raise XenError."""
 
     def __init__(
-        self, pair: str, config: LibxlLiveConfig, vifs: Sequence[tuple[str, ...]], argv: Sequence[str] = ARGV
+        self,
+        pair: str,
+        config: LibxlLiveConfig,
+        vifs: Sequence[tuple[str, ...]],
+        watcher: Watcher,
+        argv: Sequence[str] = ARGV,
     ) -> None:
-        super().__init__(pair, config.domain, config.run_dir / pair, config.step_timeout_s, config.copy_timeout_s, argv)
+        home, step_s, end_s = config.run_dir / pair, config.step_timeout_s, config.copy_timeout_s
+        super().__init__(pair, config.domain, home, step_s, end_s, watcher, argv)
         self.config = config
         self._vifs = vifs
 
     @classmethod
-    def of(cls, pair: PairConfig, config: LibxlLiveConfig) -> Domains:
+    def of(cls, pair: PairConfig, config: LibxlLiveConfig, watcher: Watcher) -> Domains:
         """As the pair's configuration says."""
-        return cls(pair.name, config, [tuple((nic.vif, nic.standby_vif)[slot] for nic in pair.nics) for slot in SLOTS])
+        vifs = [tuple((nic.vif, nic.standby_vif)[slot] for nic in pair.nics) for slot in SLOTS]
+        return cls(pair.name, config, vifs, watcher)
 
     def vifs(self, slot: int) -> tuple[str, ...]:
         """Names of the slot's devices."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from coloebpf.errors import EngineError, XenError
+from coloebpf.errors import EngineError
 from coloebpf.model import State
 from coloebpf.service.engine import (
     Committed,
@@ -26,6 +26,7 @@ from coloebpf.service.engine import (
 from coloebpf.service.engines.standby import Standby
 from coloebpf.service.engines.xen_copy import Copy
 from coloebpf.service.engines.xen_domains import Domains, index_of
+from coloebpf.service.engines.xen_pvm import Pvm
 from coloebpf.service.log import say
 
 WANTED = (State.SYNCING, State.LOCKSTEP, State.CHECKPOINTING)
@@ -39,7 +40,7 @@ logger = logging.getLogger("coloebpf.xen")
 class XenPrimary:
     """See coloebpf.service.engine.Engine. `state`: the pair's; `here`: ifindex of what has its first NIC's hooks.
 
-    `lacks`: what this host lacks for it (checks/live.py).
+    `macs`: of the guest; `lacks`: what this host lacks for it (checks/live.py).
     """
 
     name = "libxl-live"
@@ -54,20 +55,20 @@ class XenPrimary:
         tell: Say,
         state: Callable[[], State],
         here: Callable[[], int],
+        macs: Collection[str],
         index: Callable[[str], int] = index_of,
         lacks: Callable[[], str] = lambda: "",
     ) -> None:
         self._domains, self._emit_to, self._say_to, self._state = domains, emit, tell, state
         self._here, self._index, self._lacks = here, index, lacks
         self._config = domains.config
-        self.domid: int | None = None  # of the PVM, if it is there
+        self._pvm = Pvm(domains, self._pvm_event, macs)
         self._standby: Standby | None = None
         self.copy: Copy | None = None
         self._requested = False  # a checkpoint is due
         self._asked = False  # a first one was asked for since the protection began
         self._heard = 0  # number of the last standby that was offered; 0: none was
         self._asked_s = 0.0
-        self._complaint = ""
         self._wake = asyncio.Event()
         self._working: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -107,8 +108,7 @@ class XenPrimary:
 
     async def guest_lives(self) -> bool:
         """See Inquiring."""
-        guest = await self._domains.guest()
-        return guest is not None and not guest.ended
+        return await self._pvm.lives()
 
     @property
     def progress(self) -> str:
@@ -149,13 +149,8 @@ class XenPrimary:
 
     async def _tend(self) -> None:
         while True:
-            try:
-                await self._look()
-                self._complaint = ""
-            except XenError as e:
-                if str(e) != self._complaint:
-                    say(logger, logging.ERROR, "nobody can look at the guest", pair=self._domains.pair, error=e)
-                self._complaint = str(e)
+            if self._domains.changes.due(self._may_stand()):
+                await self._pvm.look(self._may_stand)
             wanted = self._state() in WANTED
             if not wanted:
                 self._standby = None  # the secondary ends it too
@@ -168,26 +163,20 @@ class XenPrimary:
             if wanted and self._standby is None and self.copy is None and now - self._asked_s > ASK_S:
                 self._asked_s = now
                 self._say_to("ask", self._heard, "")
-            await asyncio.sleep(TEND_S)
+            await self._domains.changes.wait(TEND_S)
 
-    async def _look(self) -> None:
-        guest = await self._domains.guest()
-        if self.domid is not None and (guest is None or guest.ended or guest.domid != self.domid):
-            self.domid = None
-            if self.copy is not None:
-                self.copy.fail("the PVM is gone")
-            self._emit(DomainGone(f"the guest {self._config.domain} is gone"))
-        if guest is None or guest.ended:
-            return
-        if guest.suspended and self._working is None and self._state() is not State.UNPROTECTED:
-            await self._let_go_on(guest.domid)  # what a copy of another service, or one that was killed, has left
-        if self.domid is None:
-            self.domid = guest.domid
-            self._emit(Ready())
+    def _may_stand(self) -> bool:
+        return self._working is not None or self._state() is State.UNPROTECTED
 
-    async def _let_go_on(self, domid: int) -> None:
-        say(logger, logging.WARNING, "the PVM stood still, and goes on", pair=self._domains.pair, domain=domid)
-        await self._domains.do("resume", domid)
+    @property
+    def domid(self) -> int | None:
+        """Of the PVM, if it is there."""
+        return self._pvm.domid
+
+    def _pvm_event(self, event: EngineEvent) -> None:
+        if isinstance(event, DomainGone | SecondaryGone) and self.copy is not None:
+            self.copy.fail(event.reason)
+        self._emit(event)
 
     async def _refusal(self, domid: int) -> str:
         """Why this guest can't be protected, or "". Raises XenError."""
@@ -257,10 +246,10 @@ class XenPrimary:
         self._say_to("go", copy.number, "")
 
     async def _go_on(self, domid: int) -> None:
-        """If the worker could not see to it; _look() tries again."""
-        guest = await self._domains.guest()
-        if guest is not None and guest.domid == domid and guest.suspended:
-            await self._let_go_on(domid)
+        """If the worker could not see to it; the next look tries again."""
+        guest = await self._domains.numbered(domid)
+        if guest is not None and guest.suspended:
+            await self._pvm.let_go_on(domid)
 
     def _switch(self, copy: Copy) -> None:
         """Client frames go to the new domain's port from here on, where they wait; the old SVM proves nothing more."""

@@ -130,9 +130,9 @@ class XenSecondary:
     async def _tend(self) -> None:
         while True:
             state = self._pair().state
-            pause = TEND_S
             try:
-                await self._replicas.look()
+                if self._domains.changes.due(state):
+                    await self._replicas.look()
                 if state is State.SYNCING:
                     self._replicas.mine = False  # whoever was the guest here: another protection begins
                 if state is State.SYNCING and self.standby is None and (lacks := await asyncio.to_thread(self._lacks)):
@@ -144,8 +144,9 @@ class XenSecondary:
                     self._replicas.end()
             except EngineError as e:
                 say(logger, logging.WARNING, "there is no standby", pair=self._domains.pair, error=e)
-                pause = RETRY_S
-            await asyncio.sleep(pause)
+                self._domains.changes.again()
+                await asyncio.sleep(RETRY_S)
+            await self._domains.changes.wait(TEND_S)
 
     def _token(self) -> str | None:
         return self.standby.token if self.standby is not None and not self.standby.taken else None

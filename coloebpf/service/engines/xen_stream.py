@@ -12,6 +12,7 @@ from coloebpf.service.config_keys import Address
 from coloebpf.service.engines.xen_relay import RUNE, SOCKET
 from coloebpf.service.engines.xen_toolstack import Toolstack
 from coloebpf.xen.client import ARGV
+from coloebpf.xen.watcher import Watcher
 
 INCOMING = "--incoming"  # behind the guest's name while xl takes it in
 
@@ -60,9 +61,10 @@ class Stream:
         """The SVM's name."""
         return f"{self.domain}{INCOMING}"
 
-    def toolstack(self) -> Toolstack:
+    def toolstack(self, watcher: Watcher) -> Toolstack:
         """libxl, for what is not the stream."""
-        return Toolstack(self.pair, self.domain, self.home, self.step_timeout_s, self.copy_timeout_s, self.worker)
+        step_s, end_s = self.step_timeout_s, self.copy_timeout_s
+        return Toolstack(self.pair, self.domain, self.home, step_s, end_s, watcher, self.worker)
 
     def sending(self) -> list[str]:
         """xl on the primary. Without an ssh (-s '') the host's name is a command: what the stream goes through."""

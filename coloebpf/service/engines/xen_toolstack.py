@@ -7,15 +7,27 @@ from pathlib import Path
 
 from coloebpf.xen.client import ARGV, Libxl, Worker
 from coloebpf.xen.libxl import Domain
+from coloebpf.xen.watcher import Watcher
 
 
 class Toolstack:
-    """`name`: of the guest in xl; `step_s`, `end_s`: for an order, for a domain's end. Its methods raise XenError."""
+    """`name`: of the guest in xl; `step_s`, `end_s`: for an order, for a domain's end. Its methods raise XenError.
+
+    `changes`: when to look.
+    """
 
     def __init__(
-        self, pair: str, name: str, home: Path, step_s: float, end_s: float, argv: Sequence[str] = ARGV
+        self,
+        pair: str,
+        name: str,
+        home: Path,
+        step_s: float,
+        end_s: float,
+        watcher: Watcher,
+        argv: Sequence[str] = ARGV,
     ) -> None:
         self.pair, self.domain, self.home = pair, name, home
+        self.changes = watcher.watch()
         self._step_s, self._end_s = step_s, end_s
         self._libxl = Libxl(home, "orders", step_s, argv)
         # An end takes seconds, and a start may not wait for it.
@@ -28,6 +40,10 @@ class Toolstack:
     async def named(self, name: str) -> Domain | None:
         """The one of that name."""
         return next((domain for domain in await self.all() if domain.name == name), None)
+
+    async def numbered(self, domid: int) -> Domain | None:
+        """The one of that number."""
+        return next((domain for domain in await self.all() if domain.domid == domid), None)
 
     async def guest(self) -> Domain | None:
         """The one that has the guest's own name."""
@@ -55,5 +71,6 @@ class Toolstack:
 
     async def end(self) -> None:
         """Lets go of libxl."""
+        await self.changes.end()
         await self._libxl.end()
         await self._slow.end()

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from coloebpf.errors import EngineError, XenError
 from coloebpf.model import State
 from coloebpf.service.engine import (
     Committed,
-    DomainGone,
     Emit,
     EngineEvent,
     Failed,
@@ -35,6 +34,7 @@ from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
 from coloebpf.xen.guest import unfit
 from coloebpf.xen.records import Mark
+from coloebpf.xen.watcher import Watcher
 
 MIB = 1 << 20
 # An error of libxenguest (deploy/xen/edits/tools/40-secondary-dirty-pages.patch), which Debian's has.
@@ -47,7 +47,7 @@ logger = logging.getLogger("coloebpf.xen")
 
 
 class XlPrimary:
-    """See coloebpf.service.engine.Engine. `ports`: what the guest's NICs are behind; `state`: the pair's."""
+    """See coloebpf.service.engine.Engine. `ports`, `macs`: of the guest's NICs; `state`: the pair's."""
 
     signals_suspended = True
     copies = True
@@ -56,7 +56,9 @@ class XlPrimary:
     def __init__(
         self,
         stream: Stream,
+        watcher: Watcher,
         ports: Sequence[str],
+        macs: Collection[str],
         emit: Emit,
         tell: Say,
         state: Callable[[], State],
@@ -65,8 +67,8 @@ class XlPrimary:
         self.name = "libxl-colo" if stream.colo else "libxl-remus"
         self._stream, self._ports = stream, ports
         self._emit_to, self._say_to, self._state, self._lacks = emit, tell, state, lacks
-        self._tools = stream.toolstack()
-        self.pvm = Pvm(self._tools, self._emit)
+        self._tools = stream.toolstack(watcher)
+        self.pvm = Pvm(self._tools, self._pvm_event, macs)
         self._sending = Sending(stream)
         self._relay: Relay | None = None
         self._standby: Standby | None = None
@@ -161,7 +163,8 @@ class XlPrimary:
 
     async def _tend(self) -> None:
         while True:
-            await self.pvm.look(may_stand=self._relay is not None or self._sending.alive)
+            if self._tools.changes.due(self._may_stand()):
+                await self.pvm.look(self._may_stand)
             wanted = self._state() in WANTED
             if not wanted:
                 self._standby = None
@@ -174,7 +177,15 @@ class XlPrimary:
                 self._ask()
             elif self._relay is None and self._requested and self.pvm.domid is not None:
                 await self._begin(self.pvm.domid)
-            await asyncio.sleep(TEND_S)
+            await self._tools.changes.wait(TEND_S)
+
+    def _may_stand(self) -> bool:
+        return self._relay is not None or self._sending.alive
+
+    def _pvm_event(self, event: EngineEvent) -> None:
+        if isinstance(event, SecondaryGone):
+            self._tasks.spawn(self._end(event.reason))
+        self._emit(event)
 
     def _ask(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -200,6 +211,8 @@ class XlPrimary:
         """Why this guest can't be protected, or "". Raises XenError."""
         if lacks := await asyncio.to_thread(self._lacks):
             return lacks
+        if self.pvm.name != self._stream.domain:  # xl would call the SVM so too
+            return f"the guest is {self.pvm.name} here (xl rename {self.pvm.name} {self._stream.domain})"
         colo = self._stream.colo
         found = await self._tools.configuration(domid)
         wrong = unfit(found, [[port] for port in self._ports], emulated=colo, colo_disks=colo)
@@ -291,9 +304,9 @@ class XlPrimary:
         self._requested = False
         if lives:
             self._emit(SecondaryGone(f"libxl has ended ({why})"))
-        elif self.pvm.domid is not None:
-            self.pvm.domid = None
-            self._emit(DomainGone(f"libxl has ended ({why}), and the guest is gone"))
+        else:
+            self._say_it(logging.WARNING, "libxl has ended, and the guest too", why=why)
+            await self.pvm.look(self._may_stand)
 
     async def _end(self, why: str) -> None:
         self._requested = False

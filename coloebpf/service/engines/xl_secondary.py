@@ -23,7 +23,9 @@ from coloebpf.service.engines.xen_relay import RUNE, SOCKET, Relay, arrives, lau
 from coloebpf.service.engines.xen_stream import Stream
 from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
+from coloebpf.xen.libxl import Domain
 from coloebpf.xen.records import Mark
+from coloebpf.xen.watcher import Watcher
 
 RETRY_S = 1.0
 START_S = 10.0  # for a relay, which is a Python that starts
@@ -44,6 +46,7 @@ class XlSecondary:
     def __init__(
         self,
         stream: Stream,
+        watcher: Watcher,
         vifs: Sequence[str],
         ports: Ports,
         emit: Emit,
@@ -54,13 +57,14 @@ class XlSecondary:
         self.name = "libxl-colo" if stream.colo else "libxl-remus"
         self._stream, self._vifs, self._ports = stream, vifs, ports
         self._emit_to, self._say_to, self._state, self._lacks = emit, tell, state, lacks
-        self._tools = stream.toolstack()
+        self._tools = stream.toolstack(watcher)
         self._door = Door(stream.pair, stream.listen, lambda: self._token, self._take)
         self._token: str | None = None  # of the standby that is offered
         self._number = 0
         self._numbers = itertools.count(1 + secrets.randbelow(1 << 30))
         self._relay: Relay | None = None
         self._taking: asyncio.Task[None] | None = None
+        self._svm: Domain | None = None  # as it was seen last; its number and UUID stay when libxl renames it
         self._ours = False  # the end of the stream is this engine's doing
         self._mine = False  # by a failover the SVM has become the guest
         self._wholes = 0  # Remus: checkpoints that are here
@@ -103,11 +107,23 @@ class XlSecondary:
         await asyncio.wait((relay.over,), timeout=self._stream.step_timeout_s)
         if not relay.over.done():
             raise EngineError(f"libxl has not taken over in {self._stream.step_timeout_s} s")
-        guest = await self._tools.guest()
-        if guest is None or guest.ended:
+        guest = await self._taken_over()
+        if guest is None:
             raise EngineError(f"libxl has not taken over: {relay.over.result()}")
         await self._release()
         self._log(logging.INFO, "libxl has made the SVM the guest", domain=guest.domid)
+
+    async def _taken_over(self) -> Domain | None:
+        """Running, whatever its name: libxl goes on when it can't rename it."""
+        domains = [domain for domain in await self._tools.all() if not domain.ended]
+        guest = next((domain for domain in domains if domain.name == self._stream.domain), None)
+        if guest is None:
+            guest = next((domain for domain in domains if domain.name == self._stream.incoming), None)
+            if guest is None or guest.paused or guest.suspended:
+                return None
+            name = f"xl rename {guest.name} {self._stream.domain}"
+            self._log(logging.ERROR, "the guest runs, and libxl has not given it its name", domain=guest.domid, do=name)
+        return guest
 
     async def stop(self) -> None:
         """See Engine. The SVM goes on, and its stream."""
@@ -134,8 +150,10 @@ class XlSecondary:
 
     async def _tend(self) -> None:
         while True:
-            state, pause = self._state(), TEND_S
+            state = self._state()
             try:
+                if self._tools.changes.due(self._relay):
+                    await self._look()
                 if state is State.SYNCING and self._relay is None and self._taking is None and self._token is None:
                     self._mine = False  # whoever was the guest here: another protection begins
                     if lacks := await asyncio.to_thread(self._lacks):
@@ -151,8 +169,35 @@ class XlSecondary:
                     await self._drop("the protection has ended")
             except EngineError as e:
                 self._log(logging.WARNING, "there is no standby", error=e)
-                pause = RETRY_S
-            await asyncio.sleep(pause)
+                self._tools.changes.again()
+                await asyncio.sleep(RETRY_S)
+            await self._tools.changes.wait(TEND_S)
+
+    async def _look(self) -> None:
+        """What libxl, or anybody, has done to the SVM without a word of ours. Raises XenError."""
+        relay = self._relay
+        if relay is None:
+            self._svm = None
+            return
+        domains = await self._tools.all()
+        if relay is not self._relay or self._ours:
+            return
+        if self._svm is None:
+            self._svm = next((one for one in domains if one.name == self._stream.incoming and not one.ended), None)
+            return
+        known = (self._svm.domid, self._svm.uuid)
+        now = next((one for one in domains if (one.domid, one.uuid) == known and not one.ended), None)
+        if now is None:
+            self._lose(relay, "the SVM is gone")
+        elif now.name == self._stream.domain:
+            self._lose(relay, "libxl has made the SVM the guest, which nobody has asked for")
+
+    def _lose(self, relay: Relay, why: str) -> None:
+        """The stream is of no use any more: what came would make it the guest, or another SVM."""
+        self._ours = True
+        relay.kill()
+        self._say_to("gone", 0, why)
+        self._emit(DomainGone(why))
 
     def _offer(self) -> None:
         if self._token is not None and self._state() in WANTED:
@@ -228,6 +273,22 @@ class XlSecondary:
         if not self._stopped and not self._ours:
             self._say_to("gone", 0, f"the secondary's libxl has ended: {why}")
             self._emit(DomainGone(f"libxl has ended: {why}"))
+            self._tasks.spawn(self._tell_fate())
+
+    async def _tell_fate(self) -> None:
+        """libxl decides by itself what becomes of the SVM when its stream fails. The dataplane keeps it silent."""
+        try:
+            names = {one.name: one.domid for one in await self._tools.all() if not one.ended}
+        except XenError as e:
+            self._log(logging.ERROR, "nobody can say what libxl has done to the SVM", error=e)
+            return
+        if self._stream.domain in names:
+            fate = "made it the guest: it runs, without a voice, until the next protection or xl destroy"
+        elif self._stream.incoming in names:
+            fate = "left it: it ends with the next protection"
+        else:
+            fate = "destroyed it"
+        self._log(logging.ERROR, "what libxl has done to the SVM", fate=fate)
 
     async def _drop(self, why: str) -> None:
         """The SVM is not needed any more."""
