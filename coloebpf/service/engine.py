@@ -44,7 +44,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class SecondaryGone:
-    """On the primary: the PVM lives, its SVM does not."""
+    """On the primary: the PVM lives, or reboots, and has no SVM that could go on for it."""
 
     reason: str
 
