@@ -257,7 +257,7 @@ class XlPrimary:
         if self._first and self.pvm.domid is not None:
             # It unpauses the PVM behind the first one, which is an error for a guest that was not paused.
             with contextlib.suppress(XenError):
-                guest = await self._tools.guest()
+                guest = await self._tools.numbered(self.pvm.domid)
                 if guest is not None and not guest.paused:
                     await self._tools.do("pause", guest.domid)
         self._tell_suspended()

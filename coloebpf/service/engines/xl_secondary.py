@@ -21,9 +21,9 @@ from coloebpf.service.engines.xen_places import Ports
 from coloebpf.service.engines.xen_primary import TEND_S, WANTED
 from coloebpf.service.engines.xen_relay import RUNE, SOCKET, Relay, arrives, launch
 from coloebpf.service.engines.xen_stream import Stream
+from coloebpf.service.engines.xen_svm import Svm
 from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
-from coloebpf.xen.libxl import Domain
 from coloebpf.xen.records import Mark
 from coloebpf.xen.watcher import Watcher
 
@@ -58,13 +58,13 @@ class XlSecondary:
         self._stream, self._vifs, self._ports = stream, vifs, ports
         self._emit_to, self._say_to, self._state, self._lacks = emit, tell, state, lacks
         self._tools = stream.toolstack(watcher)
+        self.svm = Svm(self._tools, stream.incoming)
         self._door = Door(stream.pair, stream.listen, lambda: self._token, self._take)
         self._token: str | None = None  # of the standby that is offered
         self._number = 0
         self._numbers = itertools.count(1 + secrets.randbelow(1 << 30))
         self._relay: Relay | None = None
         self._taking: asyncio.Task[None] | None = None
-        self._svm: Domain | None = None  # as it was seen last; its number and UUID stay when libxl renames it
         self._ours = False  # the end of the stream is this engine's doing
         self._mine = False  # by a failover the SVM has become the guest
         self._wholes = 0  # Remus: checkpoints that are here
@@ -107,23 +107,11 @@ class XlSecondary:
         await asyncio.wait((relay.over,), timeout=self._stream.step_timeout_s)
         if not relay.over.done():
             raise EngineError(f"libxl has not taken over in {self._stream.step_timeout_s} s")
-        guest = await self._taken_over()
+        guest = await self.svm.guest()
         if guest is None:
             raise EngineError(f"libxl has not taken over: {relay.over.result()}")
         await self._release()
         self._log(logging.INFO, "libxl has made the SVM the guest", domain=guest.domid)
-
-    async def _taken_over(self) -> Domain | None:
-        """Running, whatever its name: libxl goes on when it can't rename it."""
-        domains = [domain for domain in await self._tools.all() if not domain.ended]
-        guest = next((domain for domain in domains if domain.name == self._stream.domain), None)
-        if guest is None:
-            guest = next((domain for domain in domains if domain.name == self._stream.incoming), None)
-            if guest is None or guest.paused or guest.suspended:
-                return None
-            name = f"xl rename {guest.name} {self._stream.domain}"
-            self._log(logging.ERROR, "the guest runs, and libxl has not given it its name", domain=guest.domid, do=name)
-        return guest
 
     async def stop(self) -> None:
         """See Engine. The SVM goes on, and its stream."""
@@ -174,23 +162,12 @@ class XlSecondary:
             await self._tools.changes.wait(TEND_S)
 
     async def _look(self) -> None:
-        """What libxl, or anybody, has done to the SVM without a word of ours. Raises XenError."""
+        """Raises XenError."""
         relay = self._relay
         if relay is None:
-            self._svm = None
-            return
-        domains = await self._tools.all()
-        if relay is not self._relay or self._ours:
-            return
-        if self._svm is None:
-            self._svm = next((one for one in domains if one.name == self._stream.incoming and not one.ended), None)
-            return
-        known = (self._svm.domid, self._svm.uuid)
-        now = next((one for one in domains if (one.domid, one.uuid) == known and not one.ended), None)
-        if now is None:
-            self._lose(relay, "the SVM is gone")
-        elif now.name == self._stream.domain:
-            self._lose(relay, "libxl has made the SVM the guest, which nobody has asked for")
+            self.svm.forget()
+        elif (why := await self.svm.look()) and relay is self._relay and not self._ours:
+            self._lose(relay, why)
 
     def _lose(self, relay: Relay, why: str) -> None:
         """The stream is of no use any more: what came would make it the guest, or another SVM."""
@@ -276,19 +253,10 @@ class XlSecondary:
             self._tasks.spawn(self._tell_fate())
 
     async def _tell_fate(self) -> None:
-        """libxl decides by itself what becomes of the SVM when its stream fails. The dataplane keeps it silent."""
         try:
-            names = {one.name: one.domid for one in await self._tools.all() if not one.ended}
+            await self.svm.tell_fate()
         except XenError as e:
             self._log(logging.ERROR, "nobody can say what libxl has done to the SVM", error=e)
-            return
-        if self._stream.domain in names:
-            fate = "made it the guest: it runs, without a voice, until the next protection or xl destroy"
-        elif self._stream.incoming in names:
-            fate = "left it: it ends with the next protection"
-        else:
-            fate = "destroyed it"
-        self._log(logging.ERROR, "what libxl has done to the SVM", fate=fate)
 
     async def _drop(self, why: str) -> None:
         """The SVM is not needed any more."""
