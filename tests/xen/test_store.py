@@ -41,6 +41,23 @@ async def main():
 asyncio.run(main())
 """
 
+REBOOT = "/tmp/reboot.py"
+# Each state that a guest's domains are seen in, by their UUID, from its reboot on until the second one is there.
+REBOOTING = """
+import dataclasses, json, subprocess, sys, time
+from coloebpf.xen.libxl import LibXl
+
+xen = LibXl()
+[uuid] = [one.uuid for one in xen.domains() if one.name == sys.argv[1]]
+subprocess.run(["xl", "reboot", sys.argv[1]], check=True, stdout=subprocess.DEVNULL)
+seen, end = [], time.monotonic() + 300
+while time.monotonic() < end and len({one["domid"] for one in seen}) < 2:
+    now = [dataclasses.asdict(one) for one in xen.domains() if one.uuid == uuid]
+    seen += [one for one in now if one not in seen]
+    time.sleep(0.01)
+print(json.dumps(seen))
+"""
+
 
 @pytest.fixture(scope="module")
 def watched(lab: Lab) -> Iterator[Lab]:
@@ -116,22 +133,7 @@ def test_nothing_is_asked_for_when_nothing_happens(watched: Lab) -> None:
 def test_a_reboot_is_known_as_one(watched: Lab) -> None:
     """libxl says why the old domain has ended, before xl makes the new one, which has the same UUID."""
     lab = watched
-    script = (
-        "import json, time\nfrom dataclasses import asdict\nfrom coloebpf.xen.libxl import LibXl\nxen = LibXl()\n"
-        "end = time.monotonic() + 200\nseen = []\n"
-        "while time.monotonic() < end and len({one['domid'] for one in seen}) < 2:\n"
-        f"    now = [asdict(one) for one in xen.domains() if one.name == {NAMES[0]!r}]\n"
-        "    seen += [one for one in now if one not in seen]\n    time.sleep(0.01)\nprint(json.dumps(seen))\n"
-    )
-    lab.write(1, "/tmp/reboot.py", script)
-    look = "/opt/coloebpf/.venv/bin/python /tmp/reboot.py"
-    told = lab.run(
-        1,
-        f"cd /opt/coloebpf && {{ {look} >/tmp/reboot.seen 2>&1 & seeing=$!; sleep 5; xl reboot {NAMES[0]}; "
-        "wait $seeing; cat /tmp/reboot.seen; }",
-        timeout=400,
-    )
-    seen = json.loads(told.splitlines()[-1])
-    assert any(one["reboots"] for one in seen), told
-    assert len({one["uuid"] for one in seen}) == 1, told
-    assert len({one["domid"] for one in seen}) == 2, told
+    lab.write(1, REBOOT, REBOOTING)
+    seen = json.loads(lab.run(1, f"cd /opt/coloebpf && .venv/bin/python {REBOOT} {NAMES[0]}", timeout=2 * PATIENCE_S))
+    assert any(one["reboots"] for one in seen), seen
+    assert len({one["domid"] for one in seen}) == 2, seen
