@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from coloebpf.service.disks import Usage
-
 
 @dataclass(frozen=True)
 class Ready:
@@ -46,7 +44,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class SecondaryGone:
-    """On the primary: the PVM lives, its SVM does not."""
+    """On the primary: the PVM lives, or reboots, and has no SVM that could go on for it."""
 
     reason: str
 
@@ -114,14 +112,6 @@ class Showing(Protocol):
     @property
     def progress(self) -> str:
         """How far the one under way is; "" if none is."""
-
-
-@runtime_checkable
-class Storing(Protocol):
-    """An engine whose guest may have a replicated disk."""
-
-    def disk_usage(self) -> Usage | None:
-        """How large its overlays are; None: it has no disk."""
 
 
 Say = Callable[[str, int, str], object]  # a word, a number, more words: to the other host's engine, if there is a link

@@ -105,8 +105,10 @@ class Watcher:
                 self.up, self._complaint = True, ""
                 say(logger, logging.INFO, "xenstored tells of changes")
             event = asyncio.ensure_future(self._event.wait())
-            await asyncio.wait((event, store.closed), return_when=asyncio.FIRST_COMPLETED)
-            event.cancel()
+            try:
+                await asyncio.wait((event, store.closed), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                event.cancel()
 
     async def _follow(self, store: Store) -> None:
         """A watch on all of /local/domain would tell of each device's each step."""

@@ -89,7 +89,7 @@ def test_checkpoints_in_a_row_under_load_leave_nothing_behind(
 ) -> None:
     for _ in range(5):
         lab.checkpoint()
-    before, took = lab.amounts(), []
+    before, took = lab.amounts_with_a_standby(), []
     for _ in range(CHECKPOINTS):
         took.append(lab.checkpoint())
     history.finish()

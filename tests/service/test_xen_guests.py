@@ -12,6 +12,8 @@ import pytest
 from coloebpf.errors import EngineError
 from coloebpf.model import State
 from coloebpf.service.engine import Committed, DomainGone, EngineEvent, Failed, Ready, SecondaryGone
+from coloebpf.service.engines.xl_primary import XlPrimary
+from coloebpf.service.engines.xl_secondary import XlSecondary
 from tests.service import xen_rig, xl_rig
 from tests.service.fake_xenstored import FakeXenstored
 from tests.service.xen_rig import guest
@@ -286,8 +288,10 @@ def test_xl_needs_the_guests_own_name(relayed: Play) -> None:
 
     async def test(hosts: Hosts) -> None:
         hosts.rename("a", "web", "shop")
-        await hosts.rig.until(lambda: hosts.rig.primary.pvm.name == "shop", "that to be seen")  # type: ignore[union-attr]
-        await hosts.rig.primary.request_checkpoint()
+        primary = hosts.rig.primary
+        assert isinstance(primary, XlPrimary)
+        await hosts.rig.until(lambda: primary.pvm.name == "shop", "that to be seen")
+        await primary.request_checkpoint()
         await hosts.rig.until(lambda: bool(hosts.told("a", Failed)), "a refusal")
         [failed] = hosts.told("a", Failed)
         assert isinstance(failed, Failed)
@@ -334,7 +338,8 @@ async def svm_seen(hosts: Hosts) -> None:
     """xenstored tells that it has come."""
     hosts.stores["b"].come(hosts.domain("b", "web--incoming"), "web--incoming")
     secondary = hosts.rig.secondary
-    await hosts.rig.until(lambda: secondary._svm is not None, "the SVM to be seen")  # type: ignore[union-attr]
+    assert isinstance(secondary, XlSecondary)
+    await hosts.rig.until(lambda: secondary.svm.seen, "the SVM to be seen")
 
 
 @pytest.mark.parametrize("between", [True, False])

@@ -8,13 +8,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from coloebpf.model import State
 from coloebpf.service.config import Address
-from coloebpf.service.disks import ColoDisk
 from coloebpf.service.engine import Committed, EngineEvent, Overwriting, Ready, Suspended
 from coloebpf.service.engines.xen_stream import Stream
 from coloebpf.service.engines.xl_primary import XlPrimary
@@ -32,15 +31,9 @@ def _free_port() -> int:
 class Rig:
     """`steps`: words, events of both engines and what the ports were told, in order. Host a is the primary."""
 
-    def __init__(
-        self,
-        work_dir: Path,
-        colo: bool = True,
-        state: State = State.SYNCING,
-        disks: Mapping[str, ColoDisk] | None = None,
-    ) -> None:
+    def __init__(self, work_dir: Path, colo: bool = True, state: State = State.SYNCING) -> None:
         self.xen = {host: FakeXen(work_dir / host / "xen") for host in "ab"}
-        self.streams = {host: self._stream(work_dir / host, colo, (disks or {}).get(host)) for host in "ab"}
+        self.streams = {host: self._stream(work_dir / host, colo) for host in "ab"}
         self.watchers = {host: Watcher(work_dir / host / "xenstored", net_s=HOUR_S) for host in "ab"}
         self.state = {"a": state, "b": state}
         self.steps: list[str] = []
@@ -48,12 +41,11 @@ class Rig:
         self.on_step: Callable[[str], None] = lambda step: None
         self.deaf: set[str] = set()  # hosts that hear nothing
         self.lacks = dict.fromkeys("ab", "")
-        config = guest() | ({"disks": [{"readwrite": 1} | disks["a"].in_libxl()]} if disks else {})
-        self.domid = self.xen["a"].create(config, "0", paused=disks is not None)
+        self.domid = self.xen["a"].create(guest(), "0")
         self.primary = self.make_primary()
         self.secondary = self.make_secondary()
 
-    def _stream(self, home: Path, colo: bool, disk: ColoDisk | None) -> Stream:
+    def _stream(self, home: Path, colo: bool) -> Stream:
         words = f"exec {sys.executable} -m tests.service.fake_xl {home}/xen"
         for name, first in (("xl", ""), ("store", "xenstore-write ")):
             (home / name).write_text(f'#!/bin/sh\n{words} {first}"$@"\n')
@@ -61,7 +53,7 @@ class Rig:
         return Stream(
             "web", colo, "web", Address("127.0.0.1", _free_port()), Address("127.0.0.1", _free_port()) if colo else None,
             100, 60, 30, home / "run", str(home / "xl"), str(home / "store"),
-            (sys.executable, "-m", "tests.service.fake_xen", f"{home}/xen"), disk, home,
+            (sys.executable, "-m", "tests.service.fake_xen", f"{home}/xen"),
         )  # fmt: skip
 
     def make_primary(self) -> XlPrimary:

@@ -13,7 +13,6 @@ from coloebpf.model import Role, State
 from coloebpf.service.checks import live
 from coloebpf.service.checks.finding import Host
 from coloebpf.service.config import LibxlLiveConfig, PairConfig, QemuConfig
-from coloebpf.service.disks import ColoDisk
 from coloebpf.service.engine import Emit, Engine, Say
 from coloebpf.service.engines import xl
 from coloebpf.service.engines.libxl_colo import LibxlColoEngine, kept_name
@@ -116,7 +115,7 @@ def _relayed(
         stream = Stream.of_remus(pair.name, pair.libxl_remus)
     else:
         assert pair.libxl_colo is not None
-        stream = Stream.of_colo(pair.name, pair.libxl_colo, ColoDisk.of(pair))
+        stream = Stream.of_colo(pair.name, pair.libxl_colo)
     if pair.role is Role.PRIMARY:
         behind, macs = [port_of(nic.vif) for nic in pair.nics], [nic.mac for nic in pair.nics]
         return XlPrimary(stream, watcher, behind, macs, emit, tell, state, _lacks(pair))

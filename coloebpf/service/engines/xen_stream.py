@@ -9,10 +9,8 @@ from pathlib import Path
 
 from coloebpf.service.config import LibxlColoConfig, LibxlRemusConfig
 from coloebpf.service.config_keys import Address
-from coloebpf.service.disks import ColoDisk
 from coloebpf.service.engines.xen_relay import RUNE, SOCKET
 from coloebpf.service.engines.xen_toolstack import Toolstack
-from coloebpf.service.engines.xl_disk import MONITORS
 from coloebpf.xen.client import ARGV
 from coloebpf.xen.watcher import Watcher
 
@@ -35,16 +33,14 @@ class Stream:
     xl: str = "xl"
     xenstore_write: str = "xenstore-write"
     worker: Sequence[str] = ARGV
-    disk: ColoDisk | None = None  # of the guest: replicated by QEMU
-    monitors: Path = MONITORS
 
     @classmethod
-    def of_colo(cls, pair: str, config: LibxlColoConfig, disk: ColoDisk | None) -> Stream:
+    def of_colo(cls, pair: str, config: LibxlColoConfig) -> Stream:
         """`config` has a stream_listen."""
         assert config.stream_listen is not None
         return cls(
             pair, True, config.domain, config.stream_listen, config.listen, 0,
-            config.copy_timeout_s, config.step_timeout_s, config.run_dir, disk=disk,
+            config.copy_timeout_s, config.step_timeout_s, config.run_dir,
         )  # fmt: skip
 
     @classmethod

@@ -11,9 +11,8 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 
-from coloebpf.errors import DiskError, EngineError, XenError
+from coloebpf.errors import EngineError, XenError
 from coloebpf.model import State
-from coloebpf.service.disks import Usage
 from coloebpf.service.engine import (
     Committed,
     Emit,
@@ -30,7 +29,6 @@ from coloebpf.service.engines.xen_primary import ASK_S, TEND_S, WANTED
 from coloebpf.service.engines.xen_pvm import Pvm
 from coloebpf.service.engines.xen_relay import Relay
 from coloebpf.service.engines.xen_stream import Stream
-from coloebpf.service.engines.xl_disk import PrimaryDisk
 from coloebpf.service.engines.xl_sending import END_S, Sending
 from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
@@ -72,7 +70,6 @@ class XlPrimary:
         self._tools = stream.toolstack(watcher)
         self.pvm = Pvm(self._tools, self._pvm_event, macs)
         self._sending = Sending(stream)
-        self._disk = PrimaryDisk(stream.disk, stream.monitors) if stream.disk is not None else None
         self._relay: Relay | None = None
         self._standby: Standby | None = None
         self._heard = 0  # number of the last standby that was offered
@@ -133,15 +130,9 @@ class XlPrimary:
     @property
     def progress(self) -> str:
         """See Showing."""
-        if self._disk is not None and self._disk.progress:
-            return self._disk.progress
         if self._relay is None:
             return "waiting for the secondary" if self._begun else ""
         return f"{self._relay.passed // MIB} MiB sent" if self._first or self._under_way else ""
-
-    def disk_usage(self) -> Usage | None:
-        """See Storing."""
-        return self._disk.usage() if self._disk is not None else None
 
     # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
 
@@ -152,8 +143,6 @@ class XlPrimary:
                 self._heard = number
                 host, port, token = detail.split()
                 self._standby = Standby(number, host, int(port), token)
-            case "disk" if self._disk is not None:
-                self._disk.heard(detail)
             case "whole" if self._has < number == self._stood:
                 self._has = number
                 self._commit()
@@ -208,10 +197,7 @@ class XlPrimary:
         standby, self._standby = self._standby, None
         assert standby is not None
         try:
-            refusal = await self._refusal(domid)
-            if self._state() not in WANTED:
-                return  # it took its time
-            if refusal:
+            if refusal := await self._refusal(domid):
                 self._requested = False
                 self._emit(Failed(refusal, fatal=True))
                 self._emit(Ready())  # for the next protection, when that is mended
@@ -227,18 +213,10 @@ class XlPrimary:
             return lacks
         if self.pvm.name != self._stream.domain:  # xl would call the SVM so too
             return f"the guest is {self.pvm.name} here (xl rename {self.pvm.name} {self._stream.domain})"
-        disk = self._disk
+        colo = self._stream.colo
         found = await self._tools.configuration(domid)
-        replicated = disk.disk.in_libxl() if disk is not None else None
-        wrong = unfit(found, [[port] for port in self._ports], emulated=self._stream.colo, disk=replicated)
-        if wrong or disk is None:
-            return "; ".join(f"{one.text} ({one.advice})" for one in wrong)
-        guest = await self._tools.guest()
-        try:
-            await disk.begin(domid, guest is not None and guest.paused, lambda: self._state() in WANTED)
-        except DiskError as e:
-            return str(e)
-        return ""
+        wrong = unfit(found, [[port] for port in self._ports], emulated=colo, colo_disks=colo)
+        return "; ".join(f"{one.text} ({one.advice})" for one in wrong)
 
     async def _connect(self, standby: Standby, domid: int) -> None:
         self._ending, self._first, self._under_way = "", True, True
@@ -279,15 +257,9 @@ class XlPrimary:
         if self._first and self.pvm.domid is not None:
             # It unpauses the PVM behind the first one, which is an error for a guest that was not paused.
             with contextlib.suppress(XenError):
-                guest = await self._tools.guest()
+                guest = await self._tools.numbered(self.pvm.domid)
                 if guest is not None and not guest.paused:
                     await self._tools.do("pause", guest.domid)
-        if self._disk is not None and self.pvm.domid is not None and not self._first:
-            failure = await self._disk.failure(self.pvm.domid)
-            if failure and relay is self._relay:
-                self._tasks.spawn(self._end(failure))
-                self._emit(Failed(failure, fatal=True))
-                return
         self._tell_suspended()
         self._commit()
         relay.go(Mark.READY)

@@ -11,21 +11,19 @@ import itertools
 import logging
 import secrets
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 
-from coloebpf.errors import DeviceError, DiskError, EngineError, XenError
+from coloebpf.errors import DeviceError, EngineError, XenError
 from coloebpf.model import State
-from coloebpf.service.disks import Usage
 from coloebpf.service.engine import DomainGone, Emit, EngineEvent, Ready, Replacing, Say
 from coloebpf.service.engines.standby import Door, new_token
 from coloebpf.service.engines.xen_places import Ports
 from coloebpf.service.engines.xen_primary import TEND_S, WANTED
 from coloebpf.service.engines.xen_relay import RUNE, SOCKET, Relay, arrives, launch
 from coloebpf.service.engines.xen_stream import Stream
-from coloebpf.service.engines.xl_disk import SecondaryDisk
+from coloebpf.service.engines.xen_svm import Svm
 from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
-from coloebpf.xen.libxl import Domain
 from coloebpf.xen.records import Mark
 from coloebpf.xen.watcher import Watcher
 
@@ -60,14 +58,13 @@ class XlSecondary:
         self._stream, self._vifs, self._ports = stream, vifs, ports
         self._emit_to, self._say_to, self._state, self._lacks = emit, tell, state, lacks
         self._tools = stream.toolstack(watcher)
+        self.svm = Svm(self._tools, stream.incoming)
         self._door = Door(stream.pair, stream.listen, lambda: self._token, self._take)
-        self._disk = SecondaryDisk(stream.disk, stream.monitors) if stream.disk is not None else None
         self._token: str | None = None  # of the standby that is offered
         self._number = 0
         self._numbers = itertools.count(1 + secrets.randbelow(1 << 30))
         self._relay: Relay | None = None
         self._taking: asyncio.Task[None] | None = None
-        self._svm: Domain | None = None  # as it was seen last; its number and UUID stay when libxl renames it
         self._ours = False  # the end of the stream is this engine's doing
         self._mine = False  # by a failover the SVM has become the guest
         self._wholes = 0  # Remus: checkpoints that are here
@@ -93,8 +90,6 @@ class XlSecondary:
             self._relay.listen()
         self._mine = self._state() is State.PROMOTED
         self._door.open()
-        if self._mine:
-            self._tasks.spawn(self._see_committed())
         self._tasks.spawn(self._tend())
         self._emit(Ready())
 
@@ -107,36 +102,16 @@ class XlSecondary:
         relay = self._relay
         if relay is None:
             raise EngineError("there is no SVM")
-        svm = self._svm
-        if self._disk is not None and svm is None and (svm := await self._tools.named(self._stream.incoming)) is None:
-            raise EngineError(f"there is no {self._stream.incoming} whose disk could be taken over")
         self._mine = self._ours = True
-        if self._disk is not None and svm is not None:
-            await self._disk.take_over(svm.domid)
         relay.end()
         await asyncio.wait((relay.over,), timeout=self._stream.step_timeout_s)
         if not relay.over.done():
             raise EngineError(f"libxl has not taken over in {self._stream.step_timeout_s} s")
-        guest = await self._taken_over()
+        guest = await self.svm.guest()
         if guest is None:
             raise EngineError(f"libxl has not taken over: {relay.over.result()}")
         await self._release()
         self._log(logging.INFO, "libxl has made the SVM the guest", domain=guest.domid)
-        if self._disk is not None:
-            await self._disk.taken_over()
-            self._tasks.spawn(self._see_committed())
-
-    async def _taken_over(self) -> Domain | None:
-        """Running, whatever its name: libxl goes on when it can't rename it."""
-        domains = [domain for domain in await self._tools.all() if not domain.ended]
-        guest = next((domain for domain in domains if domain.name == self._stream.domain), None)
-        if guest is None:
-            guest = next((domain for domain in domains if domain.name == self._stream.incoming), None)
-            if guest is None or guest.paused or guest.suspended:
-                return None
-            name = f"xl rename {guest.name} {self._stream.domain}"
-            self._log(logging.ERROR, "the guest runs, and libxl has not given it its name", domain=guest.domid, do=name)
-        return guest
 
     async def stop(self) -> None:
         """See Engine. The SVM goes on, and its stream."""
@@ -146,15 +121,6 @@ class XlSecondary:
         if self._relay is not None:
             await self._relay.let_go()
         await self._tools.end()
-
-    @property
-    def progress(self) -> str:
-        """See Showing."""
-        return self._disk.progress if self._disk is not None else ""
-
-    def disk_usage(self) -> Usage | None:
-        """See Storing."""
-        return self._disk.usage() if self._disk is not None else None
 
     # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
 
@@ -176,10 +142,14 @@ class XlSecondary:
             try:
                 if self._tools.changes.due(self._relay):
                     await self._look()
-                if self._disk is not None and state is not State.SYNCING:
-                    self._disk.refused = ""
                 if state is State.SYNCING and self._relay is None and self._taking is None and self._token is None:
-                    await self._make_ready()
+                    self._mine = False  # whoever was the guest here: another protection begins
+                    if lacks := await asyncio.to_thread(self._lacks):
+                        self._say_to("unfit", 0, lacks)
+                        raise EngineError(lacks)
+                    await self._clear()
+                    self._token, self._number = new_token(), next(self._numbers)
+                    self._offer()
                 elif state is State.SYNCING and self._relay is not None and self._relay.cut:
                     await self._drop("its stream was cut")
                 elif state is State.UNPROTECTED and not self._mine:
@@ -192,23 +162,12 @@ class XlSecondary:
             await self._tools.changes.wait(TEND_S)
 
     async def _look(self) -> None:
-        """What libxl, or anybody, has done to the SVM without a word of ours. Raises XenError."""
+        """Raises XenError."""
         relay = self._relay
         if relay is None:
-            self._svm = None
-            return
-        domains = await self._tools.all()
-        if relay is not self._relay or self._ours:
-            return
-        if self._svm is None:
-            self._svm = next((one for one in domains if one.name == self._stream.incoming and not one.ended), None)
-            return
-        known = (self._svm.domid, self._svm.uuid)
-        now = next((one for one in domains if (one.domid, one.uuid) == known and not one.ended), None)
-        if now is None:
-            self._lose(relay, "the SVM is gone")
-        elif now.name == self._stream.domain:
-            self._lose(relay, "libxl has made the SVM the guest, which nobody has asked for")
+            self.svm.forget()
+        elif (why := await self.svm.look()) and relay is self._relay and not self._ours:
+            self._lose(relay, why)
 
     def _lose(self, relay: Relay, why: str) -> None:
         """The stream is of no use any more: what came would make it the guest, or another SVM."""
@@ -217,41 +176,8 @@ class XlSecondary:
         self._say_to("gone", 0, why)
         self._emit(DomainGone(why))
 
-    async def _make_ready(self) -> None:
-        """A standby that the primary may take. Raises EngineError."""
-        disk = self._disk
-        if disk is not None and disk.refused:
-            return
-        if disk is not None and not await self._passes(disk.spare()):
-            return
-        self._mine = False  # whoever was the guest here: another protection begins
-        if lacks := await asyncio.to_thread(self._lacks):
-            self._say_to("unfit", 0, lacks)
-            raise EngineError(lacks)
-        await self._clear()
-        if disk is not None and not await self._passes(disk.begin(lambda: self._state() is State.SYNCING)):
-            return
-        self._token, self._number = new_token(), next(self._numbers)
-        self._offer()
-
-    async def _passes(self, step: Coroutine[object, object, None]) -> bool:
-        """Of the disk; what is wrong with it is told once, until another protection begins."""
-        assert self._disk is not None
-        try:
-            await step
-        except DiskError as e:
-            self._disk.refused = str(e)
-            self._log(logging.ERROR, "the disk is not as it has to be", error=e)
-            self._offer()
-            return False
-        return True
-
     def _offer(self) -> None:
-        if self._disk is not None and self._disk.refused and self._state() is State.SYNCING:
-            self._say_to("unfit", 0, self._disk.refused)
         if self._token is not None and self._state() in WANTED:
-            if self._disk is not None:
-                self._say_to("disk", self._number, self._disk.word)
             self._say_to(
                 "standby", self._number, f"{self._stream.listen.host} {self._stream.listen.port} {self._token}"
             )
@@ -272,8 +198,6 @@ class XlSecondary:
         self._ours, self._wholes = False, 0
         try:
             with connection:
-                if self._disk is not None:
-                    await self._disk.prepare()
                 process = await launch(stream.home, [*RUNE, str(stream.home / SOCKET)])
                 relay = await arrives(stream.home, process, START_S, self._at, self._cut, self._over)
                 self._relay = relay
@@ -318,14 +242,6 @@ class XlSecondary:
             with contextlib.suppress(DeviceError):  # nothing was held
                 await asyncio.to_thread(self._ports.release, vif)
 
-    async def _see_committed(self) -> None:
-        disk = self._disk
-        try:
-            if disk is not None and await disk.pending() and (guest := await self._tools.guest()) is not None:
-                await disk.committed(guest.domid)
-        except EngineError as e:
-            self._log(logging.ERROR, "nobody can say whether the guest's disk is whole in its image", error=e)
-
     def _cut(self, why: str) -> None:
         self._log(logging.WARNING, "the stream is cut; the SVM stays what it is until it is clear who speaks", why=why)
 
@@ -337,19 +253,10 @@ class XlSecondary:
             self._tasks.spawn(self._tell_fate())
 
     async def _tell_fate(self) -> None:
-        """libxl decides by itself what becomes of the SVM when its stream fails. The dataplane keeps it silent."""
         try:
-            names = {one.name: one.domid for one in await self._tools.all() if not one.ended}
+            await self.svm.tell_fate()
         except XenError as e:
             self._log(logging.ERROR, "nobody can say what libxl has done to the SVM", error=e)
-            return
-        if self._stream.domain in names:
-            fate = "made it the guest: it runs, without a voice, until the next protection or xl destroy"
-        elif self._stream.incoming in names:
-            fate = "left it: it ends with the next protection"
-        else:
-            fate = "destroyed it"
-        self._log(logging.ERROR, "what libxl has done to the SVM", fate=fate)
 
     async def _drop(self, why: str) -> None:
         """The SVM is not needed any more."""
