@@ -34,7 +34,7 @@ MODE = 0o660
 PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 
 STATUS = "status"
-ORDERS = ("checkpoint", "failover", "protect", "unprotect")
+ORDERS = ("checkpoint", "failover", "handover", "protect", "unprotect")
 
 
 class StatusSource(Protocol):
@@ -61,6 +61,9 @@ class Commands(Protocol):
 
     async def failover(self, pair: str) -> str:
         """Lets the secondary take over. A primary falls silent for it; a secondary does it if its primary is gone."""
+
+    async def handover(self, pair: str) -> str:
+        """On a primary in lock-step: lets the secondary take over. Refused in any other case."""
 
     async def protect(self, pair: str) -> str:
         """Begins the protection; on a primary, to the first commit."""

@@ -39,6 +39,11 @@ class Orders:
             return f"pair {pair}: this host is silent, so that the secondary takes over; look at it there"
         return f"pair {pair}: this host's guest is the one that speaks now"
 
+    async def handover(self, pair: str) -> str:
+        """See Commands."""
+        await self._named(pair).handover()
+        return f"pair {pair}: this host is silent, and the secondary's guest is the one that speaks"
+
     async def protect(self, pair: str) -> str:
         """See Commands."""
         supervisor = self._named(pair)

@@ -223,7 +223,11 @@ class Supervisor(ABC):
 
     @abstractmethod
     async def failover(self) -> None:
-        """Lets the secondary take over. Raises PairError."""
+        """Lets the secondary take over, or, on a host that has lost the other one, this host. Raises PairError."""
+
+    @abstractmethod
+    async def handover(self) -> None:
+        """Lets the secondary take over, and never means anything else: nobody's word is in it. Raises PairError."""
 
     def need(self, trigger: Trigger, what: str) -> None:
         """Raises PairError if an operator's wish can't be met in this state."""

@@ -96,10 +96,7 @@ class Protecting(Parting):
         self.go(Trigger.UNPROTECT, reason, release)
 
     async def failover(self) -> None:
-        """See Supervisor: this host falls silent and says so; that is all the certainty the secondary needs.
-
-        While the secondary is lost it is an operator's word that its host is gone.
-        """
+        """See Supervisor. While the secondary is lost it is an operator's word that its host is gone."""
         if self.machine.alone_pending:
             self.right.stop_asking()
             await self.take_over(Grant(), "an operator says that the secondary's host is gone")
@@ -107,7 +104,11 @@ class Protecting(Parting):
         if self.machine.state is State.HALTED and self.peer_state is None and not self.out.arbiter.leased:
             self._let_go_on("an operator says that the secondary's host is gone")
             return
-        if self.machine.state not in REPLICATED or self.peer_state not in REPLICATED:
+        await self.handover()
+
+    async def handover(self) -> None:
+        """See Supervisor: this host falls silent and says so; that is all the certainty the secondary needs."""
+        if self.machine.alone_pending or self.machine.state not in REPLICATED or self.peer_state not in REPLICATED:
             raise PairError(
                 f"pair {self.config.name} is {self.machine.state.name.lower()}: there is no secondary that could take "
                 "over; `unprotect` gives a protection up"

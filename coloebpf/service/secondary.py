@@ -196,6 +196,10 @@ class Secondary(Supervisor):
         """See Supervisor."""
         raise PairError(f"pair {self.config.name} is copied from its primary: ask there")
 
+    async def handover(self) -> None:
+        """See Supervisor."""
+        raise PairError(f"pair {self.config.name} is handed over by its primary: ask there")
+
     async def failover(self) -> None:
         """See Supervisor. Here it is an operator's word that the primary is gone, also while an arbiter is asked."""
         if not self.machine.alone_pending:

@@ -50,6 +50,9 @@ class Service:
     async def failover(self, pair: str) -> str:
         return await self._order("failover", pair)
 
+    async def handover(self, pair: str) -> str:
+        return await self._order("handover", pair)
+
     async def protect(self, pair: str) -> str:
         return await self._order("protect", pair)
 

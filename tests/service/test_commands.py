@@ -95,7 +95,7 @@ def test_the_help_documents_exit_codes(capsys: Output) -> None:
 # ---- orders ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["checkpoint", "failover", "protect", "unprotect"])
+@pytest.mark.parametrize("command", ["checkpoint", "failover", "handover", "protect", "unprotect"])
 def test_an_order_is_given_and_its_answer_printed(command: str, path: Path, service: Service, capsys: Output) -> None:
     assert main([command, "web", "--socket", str(path)]) == 0
     assert capsys.readouterr() == (f"{command} of web is done\n", "")

@@ -56,6 +56,9 @@ class Service:
     async def failover(self, pair: str) -> str:
         raise ServiceError(f"there is no pair {pair!r}")
 
+    async def handover(self, pair: str) -> str:
+        return self._note("handover", pair)
+
     async def protect(self, pair: str) -> str:
         return self._note("protect", pair)
 

@@ -737,12 +737,47 @@ def test_a_halted_primary_goes_on_only_if_the_guest_runs_nowhere_else(promotes: 
     play(test, promotes=promotes)
 
 
-def test_an_engine_that_can_not_hand_over_says_what_to_do() -> None:
+@pytest.mark.parametrize("role", [P, S])
+@pytest.mark.parametrize("promotes", [True, False])
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_hand_over_is_never_a_word_that_the_other_host_is_gone(role: Role, promotes: bool, linked: bool) -> None:
+    """Nor is anything handed to a host that is being fenced."""
+
+    async def test(world: World) -> None:
+        await world.protected()
+        host = world.primary if role is P else world.secondary
+        if not linked:
+            world.disconnect()
+        host.peer_lost()
+        with pytest.raises(PairError):
+            await host.handover()
+        await world.settle()
+        assert (world.p.state, world.s.state) == (LOCKSTEP, LOCKSTEP), "both wait, nobody has answered"
+
+    play(test, promotes=promotes)
+
+
+def test_a_host_that_has_handed_over_stays_silent() -> None:
+    async def test(world: World) -> None:
+        await world.protected()
+        await world.primary.handover()
+        await world.states(HALTED, PROMOTED)
+        world.disconnect()
+        for host in (world.primary, world.secondary):
+            with pytest.raises(PairError):
+                await host.handover()
+        await world.states(HALTED, PROMOTED)
+
+    play(test)
+
+
+@pytest.mark.parametrize("order", ["failover", "handover"])
+def test_an_engine_that_can_not_hand_over_says_what_to_do(order: str) -> None:
     async def test(world: World) -> None:
         await world.protected()
         world.p.engine.hands_over = "end the guest here"
         with pytest.raises(PairError, match="engine model can't: end the guest here"):
-            await world.primary.failover()
+            await getattr(world.primary, order)()
         await world.settle()
         assert (world.p.state, world.s.state) == (LOCKSTEP, LOCKSTEP)
 

@@ -18,6 +18,7 @@ PKI = Path("/etc/coloebpf/pki")
 ORDERS = (
     ("checkpoint", "take a checkpoint of a pair now, and wait for its commit"),
     ("failover", "hand the guest over to the secondary; or, if the other host is lost: your word that it is off"),
+    ("handover", "on the primary, in lock-step: hand the guest over to the secondary; never anything else"),
     ("protect", "begin the protection of a pair, and wait for the first checkpoint"),
     ("unprotect", "end the protection of a pair; its guest goes on, uncompared"),
 )
