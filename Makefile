@@ -2,7 +2,7 @@
 VENV := .venv
 PY   := $(VENV)/bin/python
 
-.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test systemd-test xen-lab deb pictures clean
+.PHONY: help deps deps-test venv lint test lab bench bench-vms stress traffic failovers faults soak vm-test systemd-test pacemaker-test xen-lab deb pictures clean
 
 help:
 	@echo "make lab      install what is needed and run the show: two virtual machines in lock-step on this machine"
@@ -97,6 +97,12 @@ systemd-test:
 	$(MAKE) deps-test
 	$(MAKE) venv
 	COLO_SYSTEMD=1 $(PY) -m pytest -s tests/vm/test_systemd.py
+
+# A pair under a real Pacemaker and Corosync, on the lab's hosts: some eight minutes (docs/pacemaker.md).
+pacemaker-test:
+	$(MAKE) deps-test
+	$(MAKE) venv
+	COLO_PACEMAKER=1 $(PY) -m pytest -s tests/pacemaker
 
 # The package for Debian 12: build/coloebpf_*_all.deb.
 deb:

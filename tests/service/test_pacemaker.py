@@ -355,6 +355,25 @@ def test_meta_data_has_every_action_and_the_real_defaults() -> None:
     assert socket.get("default") == str(SOCKET)
 
 
+def test_the_cluster_of_the_documentation_has_the_agent_s_parameters_and_times() -> None:
+    done = subprocess.run([str(AGENT), "meta-data"], env={}, capture_output=True, text=True, check=True)
+    tree = ET.fromstring(done.stdout)
+    page = (TREE / "docs/pacemaker.md").read_text()
+    (words,) = [line.split() for line in page.splitlines() if line.startswith("    ") and " ocf:coloebpf:coloebpf " in line]
+    given = words[words.index("params") + 1 : words.index("op")]
+    assert {one.partition("=")[0] for one in given} <= {p.get("name") for p in tree.iter("parameter")}
+    shown = []
+    for one in " ".join(words[words.index("op") :]).split("op ")[1:]:
+        name, *settings = one.split()
+        shown.append((name, dict(setting.split("=") for setting in settings)))
+    for action in tree.iter("action"):
+        name, role = action.get("name"), action.get("role")
+        if name in ("start", "stop", "promote", "demote", "monitor"):
+            (settings,) = [each for title, each in shown if title == name and each.get("role") == role]
+            assert settings["timeout"] == action.get("timeout")
+            assert role is None or settings["interval"] == action.get("interval")
+
+
 @pytest.mark.parametrize(("words", "code"), [((), ARGS), (("dance",), UNIMPLEMENTED), (("start", "stop"), ARGS)])
 def test_usage(node: Node, words: tuple[str, ...], code: int) -> None:
     assert node.act(*words) == code
