@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -359,11 +360,13 @@ def test_the_cluster_of_the_documentation_has_the_agent_s_parameters_and_times()
     done = subprocess.run([str(AGENT), "meta-data"], env={}, capture_output=True, text=True, check=True)
     tree = ET.fromstring(done.stdout)
     page = (TREE / "docs/pacemaker.md").read_text()
-    (words,) = [line.split() for line in page.splitlines() if line.startswith("    ") and " ocf:coloebpf:coloebpf " in line]
+    (words,) = [
+        line.split() for line in page.splitlines() if line.startswith("    ") and " ocf:coloebpf:coloebpf " in line
+    ]
     given = words[words.index("params") + 1 : words.index("op")]
     assert {one.partition("=")[0] for one in given} <= {p.get("name") for p in tree.iter("parameter")}
     shown = []
-    for one in " ".join(words[words.index("op") :]).split("op ")[1:]:
+    for one in re.split(r"\bop ", " ".join(words[words.index("op") :]))[1:]:
         name, *settings = one.split()
         shown.append((name, dict(setting.split("=") for setting in settings)))
     for action in tree.iter("action"):
