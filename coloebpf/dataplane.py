@@ -133,7 +133,11 @@ class Dataplane:
             if not all(self._nics.same(spec, mac, vif.index, fwd.index) for vif in vifs):
                 return False
             hooks = _hooks(spec, vifs, fwd)
-            return all(devices.check_free(device, side) for device, side, _ in hooks) and devices.check_xdp_free(fwd)
+            return (
+                fwd.hears_all
+                and all(devices.check_free(device, side) for device, side, _ in hooks)
+                and devices.check_xdp_free(fwd)
+            )
 
 
 def _hooks(

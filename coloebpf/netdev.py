@@ -37,6 +37,7 @@ class Device:
     index: int
     mtu: int
     master: int | None
+    hears_all: bool  # it is promiscuous because somebody said so
     xdp: dict[int, int]  # XDP_FLAGS_* of a mode -> id of the program attached in it
 
 
@@ -75,6 +76,7 @@ class Devices:
             index=link["index"],
             mtu=link.get_attr("IFLA_MTU"),
             master=link.get_attr("IFLA_MASTER"),
+            hears_all=bool(link["flags"] & IFF_PROMISC),
             xdp={flags: number for flags, number in ids.items() if number},
         )
 

@@ -21,6 +21,7 @@ from coloebpf.service.comparer import Comparer, Walk
 from coloebpf.service.config import Config, NicConfig, PairConfig
 from coloebpf.service.control_socket import ControlSocket
 from coloebpf.service.engines import making
+from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.fdstore import Kept, Notifier
 from coloebpf.service.feed import Feed
 from coloebpf.service.hooks import Hooks
@@ -167,9 +168,12 @@ class Service:
             self.control, other.link.send, other.heartbeat, arbiter, self.clock, self._announce, aliases,
         )  # fmt: skip
         kind = Primary if config.role is Role.PRIMARY else Secondary
-        pair = kind(
-            config, partial(making.make, config, self.notifier, self.control, self._watcher, other.link.send), outside
-        )
+        assert self.config.peer is not None
+        engine = partial(
+            making.make, config, self.notifier, self.control, self._watcher, other.link.send,
+            encryption=Encryption.of(self.config.peer),
+        )  # fmt: skip
+        pair = kind(config, engine, outside)
         self.hooks.exempt(config)
         pair.machine.listeners.append(self._changed)
         self._kept.hand_over(config, pair.engine, self.control.state(config.number))

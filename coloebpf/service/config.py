@@ -72,6 +72,12 @@ class PeerConfig:
     restart_grace_ms: int = setting(
         ms(0, GRACE_MAX_MS), "... but after a word of goodbye a service may be away for so long: a restart", 5000
     )
+    encrypt_copies: bool = setting(
+        keys.SWITCH,
+        "guests' memory goes to the other host through TLS, with these certificates; the same on both hosts (what QEMU "
+        "copies of disks, and forwarded frames, go as they are)",
+        False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ class LibxlColoConfig(XenGuestConfig):
     )
     stream_listen: Address | None = setting(
         keys.optional(keys.ADDRESS, None, "an operator starts `xl remus -c -p`, and its stream is xl's own business"),
-        "where this host takes the guest in, as 10.9.9.1:7792; it is not encrypted on its way",
+        "where this host takes the guest in, as 10.9.9.1:7792; encrypted if encrypt_copies of [peer] says so",
         None,
     )
 
@@ -42,7 +42,9 @@ class LibxlRemusConfig(XenGuestConfig):
     """[pair.libxl_remus]: for engine = "libxl-remus", which runs no SVM: output waits for the next checkpoint."""
 
     stream_listen: Address = setting(
-        keys.ADDRESS, "where this host takes the guest in; it is not encrypted on its way", shown="10.9.9.1:7792"
+        keys.ADDRESS,
+        "where this host takes the guest in; encrypted if encrypt_copies of [peer] says so",
+        shown="10.9.9.1:7792",
     )
     interval_ms: int = setting(ms(10, 60_000), "libxl's own, between two checkpoints", 200)
 
@@ -52,7 +54,9 @@ class LibxlLiveConfig(XenGuestConfig):
     """[pair.libxl_live]: for engine = "libxl-live", guests of stock Xen that are copied by libxl's live migration."""
 
     listen: Address = setting(
-        keys.ADDRESS, "where this host takes the guest's memory; it is not encrypted on its way", shown="10.9.9.1:7790"
+        keys.ADDRESS,
+        "where this host takes the guest's memory; encrypted if encrypt_copies of [peer] says so",
+        shown="10.9.9.1:7790",
     )
 
 
@@ -99,7 +103,9 @@ class QemuConfig:
         ],
     )  # fmt: skip
     listen: Address = setting(
-        keys.ADDRESS, "where this host takes the guest's memory; it is not encrypted on its way", shown="10.9.9.1:7790"
+        keys.ADDRESS,
+        "where this host takes the guest's memory; encrypted if encrypt_copies of [peer] says so",
+        shown="10.9.9.1:7790",
     )
     fill_mib_s: int = setting(
         keys.integer(1, 100_000, "MiB/s"), "the guest's memory is copied in the background, so fast at most", 200

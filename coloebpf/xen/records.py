@@ -39,6 +39,7 @@ class Mark(StrEnum):
     STILL = "still"  # forth: the PVM stands still, and all of its memory has been sent
     WHOLE = "whole"  # forth: a checkpoint has been passed on, to its last byte
     NEXT = "next"  # forth, Remus: the PVM stands still for the next checkpoint, of which nothing was passed on yet
+    SURE = "sure"  # forth, Remus: this checkpoint has what the PVM had done when STILL or NEXT was told last
     NEW = "new"  # forth, COLO: libxl begins a checkpoint, and the SVM is about to be touched
     SUSPENDED = "suspended"  # back: the SVM stands still
     READY = "ready"  # back: the secondary has the whole state; the PVM goes on when this has passed
@@ -102,8 +103,13 @@ def _head(hop: Hop) -> _Head:
     return _Head(kind, -(-length // ALIGN) * ALIGN, data)
 
 
-def forth(hop: Hop, colo: bool, at: At) -> None:
-    """From the primary's xl to the secondary's; `colo` False: Remus. Returns at the stream's END, or raises Ended."""
+def forth(hop: Hop, colo: bool, at: At, room: int = 0) -> None:
+    """From the primary's xl to the secondary's; `colo` False: Remus. Returns at the stream's END, or raises Ended.
+
+    Remus' libxl lets the PVM go on as soon as it has written libxc's part of a checkpoint, `room` bytes of which may
+    lie in a pipe, unread: a small one can be over before it is told. What the PVM does from then until it is told
+    belongs to the next checkpoint. So this one is SURE if it did not fit; else NEXT is not told before one is.
+    """
     head = hop.read(HEAD_BYTES)
     length = check_head(head)
     hop.write(head)
@@ -113,17 +119,20 @@ def forth(hop: Hop, colo: bool, at: At) -> None:
         raise WireError("what came is no stream of libxl")
     hop.write(head)
     in_libxc = False
-    awaited = False  # Remus: the PVM runs, and the next record is the first of another checkpoint
+    begins = False  # Remus: the PVM runs, and the next record is the first of another checkpoint
+    stood = _Standstill(hop, room, at)
     while True:
         record = _head(hop)
-        if awaited:
-            at(Mark.NEXT)
-            awaited = False
+        if begins:
+            stood.tell(Mark.NEXT)
+        begins = False
         if in_libxc:
             if record.type == _XC_HVM_CONTEXT:
-                at(Mark.STILL)
+                at(Mark.STILL) if colo else stood.tell(Mark.STILL)
             _pass(hop, record)
             in_libxc = record.type not in (_XC_CHECKPOINT, _XC_END)
+            if record.type == _XC_CHECKPOINT and not colo:
+                stood.passed()
         elif record.type == _CHECKPOINT_STATE:
             _tell(hop, record, at)
             in_libxc = True
@@ -134,9 +143,30 @@ def forth(hop: Hop, colo: bool, at: At) -> None:
                 in_libxc = True
             elif record.type == _CHECKPOINT_END:
                 at(Mark.WHOLE)
-                awaited = in_libxc = not colo
+                begins = in_libxc = not colo
             elif record.type == _END:
                 return
+
+
+class _Standstill:
+    """Remus: the PVM's, from when it is told until a checkpoint is SURE to have been made in it, or after it."""
+
+    def __init__(self, hop: Hop, room: int, at: At) -> None:
+        self._hop, self._room, self._at = hop, room, at
+        self._before: int | None = None  # what had been passed on when it was told
+        self._ever = False
+
+    def tell(self, mark: Mark) -> None:
+        """STILL is told of the first only; a record's head has been read. What is not sure yet is not told again."""
+        if self._before is None and not (self._ever and mark is Mark.STILL):
+            self._before, self._ever = self._hop.passed, True
+            self._at(mark)
+
+    def passed(self) -> None:
+        """The PVM may run since the last byte of this was written."""
+        if self._before is not None and self._hop.passed - self._before > _RECORD.size + self._room:
+            self._before = None
+            self._at(Mark.SURE)
 
 
 def back(hop: Hop, at: At) -> None:

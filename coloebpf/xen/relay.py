@@ -36,9 +36,8 @@ START_S = 60.0  # for the service's `start`; without it xl would wait for ever
 INIT_S = 5.0  # for libxl's INIT behind its connect
 TOLD_S = 1.0  # between two words on how much was passed
 PACKET = 1 << 16
-DRAIN_S = 60.0  # for xl to read what it has been sent, at the end
-LOOK_S = 0.01
-SMALL_PIPE = 4096  # bytes: what Remus' libxl can have written of a checkpoint before its first record was read
+LOOK_S = 0.01  # between two looks at what xl has not read yet
+SMALL_PIPE = 4096  # bytes, the least there is: what Remus' libxl can have written that nobody has read yet
 
 # What waits for the service's `go`, by side and kind.
 HELD_BY_PRIMARY = {True: {Mark.NEW, Mark.READY}, False: {Mark.STILL, Mark.NEXT}}
@@ -65,10 +64,12 @@ class Resettable:
         """Where to write."""
         return self._near.fileno()
 
-    def reset(self) -> None:
-        """The end, when xl has read all that was written: the secondary may have said that it has it."""
-        deadline = time.monotonic() + DRAIN_S
-        while self._unread() and time.monotonic() < deadline:
+    def reset(self, lives: Callable[[], bool]) -> None:
+        """The end, when xl has read all that was written, however long it takes while it `lives`.
+
+        For Remus' clients may have what rests on it: it was told as being here.
+        """
+        while self._unread() and lives():
             time.sleep(LOOK_S)
         self._near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._near.close()
@@ -99,7 +100,6 @@ class Relay:
         self._let: set[Mark] = set()  # of those held
         self._met: dict[str, int] = {}
         self._hops: list[Hop] = []
-        self._stilled = False
         self._cut = ""
         self._ending = False
         self._over = False
@@ -177,18 +177,17 @@ class Relay:
     def _start(self, fd: int, colo: bool, argv: list[str] | None = None, endpoint: list[Any] | None = None) -> None:
         self._net = net = socket.socket(fileno=fd)
         net.setblocking(True)
-        net.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # it is no TCP if a tunnel is in between
+            net.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if argv is None:
             self._holds = HELD_BY_PRIMARY[colo]
             if endpoint is not None:
                 listener = socket.create_server((endpoint[0], endpoint[1]))
                 self._run(lambda: self._serve_libxl(listener))
-            if not colo:
-                with contextlib.suppress(OSError):
-                    fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, SMALL_PIPE)
+            room = 0 if colo else _shrink(0)
             there, here = Hop(0, fd), Hop(fd, 1)
             self._hops = [there, here]
-            self._run(lambda: self._primary(lambda: forth(there, colo, self._at)))
+            self._run(lambda: self._primary(lambda: forth(there, colo, self._at, room)))
             self._run(lambda: self._primary(lambda: back(here, self._at)))
         else:
             self._holds = HELD_BY_SECONDARY[colo]
@@ -262,6 +261,7 @@ class Relay:
 
     def _take_in(self, hop: Hop, colo: bool) -> None:
         assert self._into is not None
+        assert self._xl is not None
         why = "the other host has closed the connection"
         try:
             forth(hop, colo, self._at)
@@ -272,7 +272,7 @@ class Relay:
         self._note_cut(why)
         with self._changed:
             self._changed.wait_for(lambda: self._ending)
-        self._into.reset()  # now libxl takes over
+        self._into.reset(lambda: self._xl is not None and self._xl.poll() is None)  # now libxl takes over
 
     def _answer(self, hop: Hop, from_: int) -> None:
         assert self._xl is not None
@@ -298,8 +298,7 @@ class Relay:
     def _at(self, mark: Mark) -> None:
         with self._changed:
             self._met[mark] = self._met.get(mark, 0) + 1
-            held = mark in self._holds and not (mark is Mark.STILL and self._stilled)
-            self._stilled = self._stilled or mark is Mark.STILL
+            held = mark in self._holds
             if held:
                 self._held.append(mark)
             self._send(mark=mark, held=held)
@@ -324,6 +323,13 @@ class Relay:
                 if self._passed != told:
                     told = self._passed
                     self._send(passed=told)
+
+
+def _shrink(pipe: int) -> int:
+    """Makes it hold as little as it can. Returns how many bytes that is."""
+    with contextlib.suppress(OSError):  # then a checkpoint is sure later
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, SMALL_PIPE)
+    return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
 
 
 def main(path: Path) -> None:

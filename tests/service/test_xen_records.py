@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import threading
@@ -106,9 +107,39 @@ def test_remus(piece: int) -> None:
     """It goes on in libxc's stream at once."""
     data = START + CHECKPOINTED + CHECKPOINTED
     met, passed, ended = walk(data, remus, piece)
-    assert met == [Mark.STILL, Mark.WHOLE, Mark.NEXT, Mark.STILL, Mark.WHOLE]
+    assert met == [Mark.STILL, Mark.SURE, Mark.WHOLE, Mark.NEXT, Mark.SURE, Mark.WHOLE]
     assert passed == data
     assert isinstance(ended, Ended)
+
+
+# Of libxc's part from HVM_CONTEXT on, and of a whole checkpoint, with what xl has written when the first head was read.
+LIBXC_PART = len(record(HVM, bytes(9001)) + record(CHECKPOINT)) - 8
+TWO = (
+    len(record(HVM, bytes(9001)) + record(CHECKPOINT) + record(EMULATOR, b"qemu's") + record(CHECKPOINT_END))
+    - 8
+    + len(
+        record(PAGES, b"page") + record(CHECKPOINT_END, b"not one here") + record(HVM, bytes(9001)) + record(CHECKPOINT)
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("room", "sure"),
+    [
+        (LIBXC_PART - 1, [1, 2, 3]),
+        (LIBXC_PART, [2, 3]),  # the third was told of from its beginning, which is more
+        (TWO - 1, [2]),
+        (TWO, [3]),
+    ],
+)
+def test_remus_with_room_for_a_checkpoint(room: int, sure: list[int]) -> None:
+    """A checkpoint whose last byte xl could write before the standstill was told is not sure to have what came until
+    then; the one that it could not is. No standstill is told in between."""
+    met, _, _ = walk(START + 3 * CHECKPOINTED, lambda hop, at: forth(hop, False, at, room))
+    assert [met[:at].count(Mark.WHOLE) + 1 for at, mark in enumerate(met) if mark is Mark.SURE] == sure
+    told = [mark for mark in met if mark is not Mark.WHOLE]
+    assert told[0] is Mark.STILL
+    assert all((one is Mark.SURE) != (other is Mark.SURE) for one, other in itertools.pairwise(told)), told
 
 
 def test_a_stream_that_ends_as_migrations_do() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -433,3 +434,113 @@ def test_remus_failover(play: Play) -> None:
         assert ("a", Committed()) in rig.events
 
     play(test, colo=False)
+
+
+def test_remus_a_checkpoint_that_is_over_before_it_is_told(play: Play) -> None:
+    """A small one fits into xl's pipe, so the PVM runs again already: what it sends then is not in this checkpoint.
+
+    The commit that lets it leave must be of one that has it, seen by a failover in that moment.
+    """
+
+    async def test(rig: Rig) -> None:
+        await protect(rig, "one")
+        ran: list[bool] = []
+
+        def step(what: str) -> None:
+            if what == "a Suspended" and not ran and rig.runs("a"):
+                ran.append(True)
+                rig.remember("two")  # and the client was sent something that rests on it, held as of this checkpoint
+            elif what == "a Committed" and ran and not rig.deaf:
+                rig.deaf = {"a", "b"}
+                rig.kill("a", "")
+
+        rig.on_step = step
+        (rig.xen["a"].home / "small").touch()
+        await rig.until(lambda: bool(rig.deaf), "a commit after the PVM went on too early")
+        await rig.until(lambda: rig.secondary.relay is not None and bool(rig.secondary.relay.cut), "the cut")
+        await rig.secondary.failover()
+        guest = rig.named("b", "web")
+        assert guest is not None
+        assert guest["memory"] == "two"
+
+    play(test, colo=False)
+
+
+def test_remus_small_checkpoints_only(play: Play) -> None:
+    """Output leaves by them too: by the one behind."""
+
+    async def test(rig: Rig) -> None:
+        (rig.xen["a"].home / "small").touch()
+        await protect(rig, "one")
+        rig.steps.clear()
+        await rig.until(lambda: rig.steps.count("a Committed") > 2, "commits")
+        steps = [step for step in rig.steps if step in ("a Suspended", "a Committed")]
+        assert all(one != other for one, other in itertools.pairwise(steps)), steps
+
+    play(test, colo=False)
+
+
+def test_remus_failover_before_xl_has_read_what_was_committed(play: Play) -> None:
+    """All of the last checkpoint is here, as was told; the end of the stream must not come before xl has read it."""
+
+    async def test(rig: Rig) -> None:
+        await protect(rig, "one")
+        stands, hold = rig.xen["a"].home / "hold.suspend", rig.xen["b"].home / "hold.apply"
+        hold.touch()
+        rig.steps.clear()
+        await rig.until(lambda: rig.steps.count("a Committed") > 2, "the secondary's xl to read no more")
+        stands.touch()
+        await rig.until(lambda: not rig.runs("a"), "the PVM to stand still")
+        memory = "two" * 500_000  # more than a socket's receiver takes, and less than its sender does
+        rig.remember(memory)
+        rig.steps.clear()
+        stands.unlink()
+        await rig.until(lambda: "a Committed" in rig.steps, "a commit of what xl has not read")
+        rig.deaf = {"a", "b"}
+        rig.kill("a", "")
+        await rig.until(lambda: rig.secondary.relay is not None and bool(rig.secondary.relay.cut), "the cut")
+        failover = asyncio.create_task(rig.secondary.failover())
+        await asyncio.sleep(0.5)
+        assert not failover.done()
+        hold.unlink()
+        await failover
+        guest = rig.named("b", "web")
+        assert guest is not None
+        assert guest["memory"] == memory
+
+    play(test, colo=False)
+
+
+def test_a_service_comes_in_the_middle_of_the_first_checkpoint(play: Play) -> None:
+    """libxl unpauses the PVM behind it, which must be paused for that, though this service has not seen it yet."""
+
+    async def test(rig: Rig) -> None:
+        hold = rig.xen["a"].home / "hold.suspend"
+        hold.touch()
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: not rig.runs("a"), "the PVM to stand still")
+        await rig.primary.stop()
+        hold.unlink()
+        await rig.until(lambda: rig.named("b", "web--incoming") is not None, "the SVM")
+        await asyncio.sleep(0.3)  # for the secondary's READY, which is kept back on the primary
+        rig.primary = rig.make_primary()
+        await rig.primary.start()
+        await rig.until(lambda: rig.runs("a") and rig.runs("b"), "both to run")
+        await rig.until(lambda: rig.primary.pvm.domid is not None, "the guest to be found")
+        await rig.checkpoint("two")
+        assert not any(isinstance(event, SecondaryGone | Failed) for _, event in rig.events), rig.events
+
+    play(test)
+
+
+def test_xl_ends_before_the_svm_runs(play: Play) -> None:
+    """What was kept for the SVM is not kept for ever."""
+
+    async def test(rig: Rig) -> None:
+        (rig.xen["b"].home / "hold.apply").touch()
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: "hold tapA" in rig.steps, "frames to be kept")
+        rig.kill("b", "migrate-receive")
+        await rig.until(lambda: "release tapA" in rig.steps, "it to end")
+
+    play(test)

@@ -8,13 +8,15 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from coloebpf.model import State
 from coloebpf.service.config import Address
 from coloebpf.service.engine import Committed, EngineEvent, Overwriting, Ready, Suspended
+from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.engines.xen_stream import Stream
 from coloebpf.service.engines.xl_primary import XlPrimary
 from coloebpf.service.engines.xl_secondary import XlSecondary
@@ -31,9 +33,15 @@ def _free_port() -> int:
 class Rig:
     """`steps`: words, events of both engines and what the ports were told, in order. Host a is the primary."""
 
-    def __init__(self, work_dir: Path, colo: bool = True, state: State = State.SYNCING) -> None:
+    def __init__(
+        self,
+        work_dir: Path,
+        colo: bool = True,
+        state: State = State.SYNCING,
+        encryption: Mapping[str, Encryption | None] = MappingProxyType({}),
+    ) -> None:
         self.xen = {host: FakeXen(work_dir / host / "xen") for host in "ab"}
-        self.streams = {host: self._stream(work_dir / host, colo) for host in "ab"}
+        self.streams = {host: self._stream(work_dir / host, colo, encryption.get(host)) for host in "ab"}
         self.watchers = {host: Watcher(work_dir / host / "xenstored", net_s=HOUR_S) for host in "ab"}
         self.state = {"a": state, "b": state}
         self.steps: list[str] = []
@@ -45,14 +53,14 @@ class Rig:
         self.primary = self.make_primary()
         self.secondary = self.make_secondary()
 
-    def _stream(self, home: Path, colo: bool) -> Stream:
+    def _stream(self, home: Path, colo: bool, encryption: Encryption | None) -> Stream:
         words = f"exec {sys.executable} -m tests.service.fake_xl {home}/xen"
         for name, first in (("xl", ""), ("store", "xenstore-write ")):
             (home / name).write_text(f'#!/bin/sh\n{words} {first}"$@"\n')
             (home / name).chmod(0o755)
         return Stream(
             "web", colo, "web", Address("127.0.0.1", _free_port()), Address("127.0.0.1", _free_port()) if colo else None,
-            100, 60, 30, home / "run", str(home / "xl"), str(home / "store"),
+            100, 60, 30, home / "run", encryption, str(home / "xl"), str(home / "store"),
             (sys.executable, "-m", "tests.service.fake_xen", f"{home}/xen"),
         )  # fmt: skip
 

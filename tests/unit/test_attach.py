@@ -252,3 +252,13 @@ def test_the_forward_device_hears_frames_for_others(host: Loaded) -> None:
     host.plane.attach(SPEC)
     shown = subprocess.run(["ip", "link", "show", "dev", SPEC.fwd], capture_output=True, text=True, check=True).stdout
     assert "PROMISC" in shown, shown
+
+
+def test_a_forward_device_that_does_not_hear_all_is_not_taken_for_attached(host: Loaded) -> None:
+    """As an earlier coloebpf has left it, with the same programs: an upgrade attaches again."""
+    host.plane.attach(SPEC)
+    assert host.plane.is_attached(SPEC)
+    subprocess.run(["ip", "link", "set", "dev", SPEC.fwd, "promisc", "off"], check=True)
+    assert not host.plane.is_attached(SPEC)
+    host.plane.attach(SPEC)
+    assert host.plane.is_attached(SPEC)

@@ -53,7 +53,7 @@ role = "{"primary" if host == 1 else "secondary"}"
 engine = "{engine}"
 arbiter = "command"
 commit_timeout_ms = 1200000
-compare_timeout_ms = 10000
+compare_timeout_ms = 60000
 interval_max_ms = 3000000
 storm_count = 10000
 storm_window_ms = 200000

@@ -67,7 +67,7 @@ def _pairs_of_devices(host: Host, found: Devices) -> Iterator[tuple[NicConfig, D
         if found.index(nic.fwd) is None:
             continue
         there = found.index(nic.vif) is not None
-        vif = found.find(nic.vif) if there else Device(nic.vif, -1, host.known.host.mtu, None, {})
+        vif = found.find(nic.vif) if there else Device(nic.vif, -1, host.known.host.mtu, None, False, {})
         yield nic, vif, found.find(nic.fwd)
 
 

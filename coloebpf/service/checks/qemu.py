@@ -97,7 +97,7 @@ def free_address(what: str, address: Address) -> Finding:
 
 
 def _guest(pair: PairConfig, config: QemuConfig) -> Iterator[Finding]:
-    path = Vms.of(pair, config).monitor()
+    path = Vms.of(pair, config, None).monitor()
     answers = _answers(path)
     if pair.role is Role.SECONDARY:
         if answers:

@@ -15,6 +15,7 @@ from coloebpf.service.checks.finding import Host
 from coloebpf.service.config import LibxlLiveConfig, PairConfig, QemuConfig
 from coloebpf.service.engine import Emit, Engine, Say
 from coloebpf.service.engines import xl
+from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.engines.libxl_colo import LibxlColoEngine, kept_name
 from coloebpf.service.engines.model import ModelEngine
 from coloebpf.service.engines.qemu_primary import QemuPrimary
@@ -44,14 +45,19 @@ def make(
     watcher: Watcher,
     send: Callable[[Message], object],
     emit: Emit,
+    *,
+    encryption: Encryption | None,
 ) -> Engine:
-    """The engine, not started. `watcher`: of this host's Xen domains; `send`: to the other host's service."""
+    """The engine, not started. `watcher`: of this host's Xen domains; `send`: to the other host's service.
+
+    `encryption`: of what is copied to the other host.
+    """
     if pair.qemu is not None and pair.engine == "qemu":
-        return _qemu(pair, pair.qemu, control, send, emit)
+        return _qemu(pair, pair.qemu, control, send, emit, encryption)
     if pair.libxl_live is not None and pair.engine == "libxl-live":
-        return _libxl_live(pair, pair.libxl_live, control, watcher, send, emit)
+        return _libxl_live(pair, pair.libxl_live, control, watcher, send, emit, encryption)
     if pair.relayed:
-        return _relayed(pair, control, watcher, send, emit)
+        return _relayed(pair, control, watcher, send, emit, encryption)
     if pair.libxl_colo is not None and pair.engine == "libxl-colo":
         alive = partial(xl.domain_alive, pair.libxl_colo.domain)
         return LibxlColoEngine(pair.name, pair.role, pair.libxl_colo.listen, emit, alive, notifier)
@@ -68,14 +74,19 @@ def _teller(pair: PairConfig, send: Callable[[Message], object]) -> Say:
 
 
 def _qemu(
-    pair: PairConfig, qemu: QemuConfig, control: Control, send: Callable[[Message], object], emit: Emit
+    pair: PairConfig,
+    qemu: QemuConfig,
+    control: Control,
+    send: Callable[[Message], object],
+    emit: Emit,
+    encryption: Encryption | None,
 ) -> Engine:
     tell = _teller(pair, send)
     if pair.role is Role.PRIMARY:
-        return QemuPrimary(Vms.of(pair, qemu), emit, tell, lambda: control.state(pair.number).state)
+        return QemuPrimary(Vms.of(pair, qemu, encryption), emit, tell, lambda: control.state(pair.number).state)
     nics = tuple(nic.number for nic in pair.nics)
     vifs = Vifs(control, pair.number, nics)
-    return QemuSecondary(nics, Vms.of(pair, qemu), vifs, emit, tell, lambda: control.state(pair.number))
+    return QemuSecondary(nics, Vms.of(pair, qemu, encryption), vifs, emit, tell, lambda: control.state(pair.number))
 
 
 def _libxl_live(
@@ -85,11 +96,12 @@ def _libxl_live(
     watcher: Watcher,
     send: Callable[[Message], object],
     emit: Emit,
+    encryption: Encryption | None,
 ) -> Engine:
     tell = _teller(pair, send)
     nics = tuple(nic.number for nic in pair.nics)
     vifs = Vifs(control, pair.number, nics)
-    domains, lacks = Domains.of(pair, config, watcher), _lacks(pair)
+    domains, lacks = Domains.of(pair, config, watcher, encryption), _lacks(pair)
     if pair.role is Role.PRIMARY:
         return XenPrimary(
             domains,
@@ -104,7 +116,12 @@ def _libxl_live(
 
 
 def _relayed(
-    pair: PairConfig, control: Control, watcher: Watcher, send: Callable[[Message], object], emit: Emit
+    pair: PairConfig,
+    control: Control,
+    watcher: Watcher,
+    send: Callable[[Message], object],
+    emit: Emit,
+    encryption: Encryption | None,
 ) -> Engine:
     tell = _teller(pair, send)
 
@@ -112,10 +129,10 @@ def _relayed(
         return control.state(pair.number).state
 
     if pair.libxl_remus is not None and pair.engine == "libxl-remus":
-        stream = Stream.of_remus(pair.name, pair.libxl_remus)
+        stream = Stream.of_remus(pair.name, pair.libxl_remus, encryption)
     else:
         assert pair.libxl_colo is not None
-        stream = Stream.of_colo(pair.name, pair.libxl_colo)
+        stream = Stream.of_colo(pair.name, pair.libxl_colo, encryption)
     if pair.role is Role.PRIMARY:
         behind, macs = [port_of(nic.vif) for nic in pair.nics], [nic.mac for nic in pair.nics]
         return XlPrimary(stream, watcher, behind, macs, emit, tell, state, _lacks(pair))

@@ -133,8 +133,7 @@ class QemuPrimary:
                 self._heard = number
                 if copy is not None:
                     return  # offered twice
-                host, port, token = detail.split()
-                self._checkpoints.offered(Standby(number, host, int(port), token))
+                self._checkpoints.offered(Standby.of(number, detail, self._vms.encryption))
             case "exported" if number == self._round and self._state() is State.SYNCING:
                 host, port = detail.split()
                 self._mirroring = asyncio.get_running_loop().create_task(self._mirror(host, int(port)))

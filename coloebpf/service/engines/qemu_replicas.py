@@ -22,7 +22,7 @@ from coloebpf.service.engines.qemu_process import Process
 from coloebpf.service.engines.qemu_taps import Taps
 from coloebpf.service.engines.qemu_vms import SLOTS, Vms
 from coloebpf.service.engines.qmp import Qmp
-from coloebpf.service.engines.standby import new_token
+from coloebpf.service.engines.standby import new_token, offer
 from coloebpf.service.log import say
 from coloebpf.service.machine import REPLICATED
 from coloebpf.service.tasks import Tasks
@@ -126,8 +126,8 @@ class Replicas:
     def offer(self) -> None:
         """To the primary, unless it has begun to copy into it."""
         if self.standby is not None and not self.standby.taken:
-            listen = self._vms.config.listen
-            self._say_to("standby", self.standby.number, f"{listen.host} {listen.port} {self.standby.token}")
+            words = offer(self._vms.config.listen, self.standby.token, self._vms.encryption)
+            self._say_to("standby", self.standby.number, words)
 
     def awaited(self) -> str | None:
         """The token of the connection that brings the standby's memory; None: no such one is waited for."""

@@ -58,7 +58,7 @@ class QemuSecondary:
         self._disks, taps = Disks(vms.name, vms.config), Taps(nics, vms, vifs, index)
         self._replicas = Replicas(vms, self._disks, taps, self._emit, tell, state, self._tasks)
         self._following = Following(self._replicas, vms, self._disks, taps, self._emit, tell, state, self._tasks)
-        self._door = Door(vms.name, vms.config.listen, self._replicas.awaited, self._replicas.take)
+        self._door = Door(vms.name, vms.config.listen, self._replicas.awaited, self._replicas.take, vms.encryption)
         self._round = 0  # number of the disks' copies that were begun last; 0: none
         self._beginning: asyncio.Task[None] | None = None  # of those copies
         self._before: int | None = None  # number of the standby that was there when the link came up, until asked

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coloebpf.service.config import PairConfig, QemuConfig
+from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.engines.qemu_process import Process, Processes
 
 SLOTS = (0, 1)
@@ -14,16 +15,18 @@ SLOTS = (0, 1)
 class Vms(Processes):
     """`taps`: names of the devices of each slot, in the order of the pair's NICs."""
 
-    def __init__(self, name: str, config: QemuConfig, taps: Sequence[tuple[str, ...]]) -> None:
+    def __init__(
+        self, name: str, config: QemuConfig, taps: Sequence[tuple[str, ...]], encryption: Encryption | None = None
+    ) -> None:
         super().__init__(config.run_dir / name, name)
-        self.name, self.config = name, config
+        self.name, self.config, self.encryption = name, config, encryption
         self._taps = taps
 
     @classmethod
-    def of(cls, pair: PairConfig, config: QemuConfig) -> Vms:
+    def of(cls, pair: PairConfig, config: QemuConfig, encryption: Encryption | None) -> Vms:
         """As the pair's configuration says."""
         taps = [tuple((nic.vif, nic.standby_vif)[slot] for nic in pair.nics) for slot in SLOTS]
-        return cls(pair.name, config, taps)
+        return cls(pair.name, config, taps, encryption)
 
     def taps(self, slot: int) -> tuple[str, ...]:
         """Names of the slot's devices."""

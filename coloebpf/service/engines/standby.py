@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from coloebpf.errors import EngineError
 from coloebpf.service.config_keys import Address
+from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
 
@@ -19,6 +20,7 @@ TOKEN_BYTES = 16  # random, of each standby; twice as many hexadecimal digits on
 TOKEN_S = 2.0
 REACH_S = 2.0
 RETRY_S = 1.0  # to take in a connection after one that failed
+TLS = "tls"  # behind the token: what follows on the connection is encrypted
 
 logger = logging.getLogger("coloebpf.engines")
 
@@ -26,6 +28,12 @@ logger = logging.getLogger("coloebpf.engines")
 def new_token() -> str:
     """So that nobody else's memory gets in: it goes over the services' TLS, and then comes first on the connection."""
     return secrets.token_hex(TOKEN_BYTES)
+
+
+def offer(listen: Address, token: str, encryption: Encryption | None) -> str:
+    """What the primary has to know (Standby.of)."""
+    words = [listen.host, str(listen.port), token]
+    return " ".join(words if encryption is None else [*words, TLS])
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,22 @@ class Standby:
     host: str
     port: int
     token: str
+    tls: bool = False
+    encryption: Encryption | None = None
+
+    @classmethod
+    def of(cls, number: int, said: str, encryption: Encryption | None) -> Standby:
+        """As it was offered."""
+        host, port, token, *more = said.split()
+        return cls(number, host, int(port), token, TLS in more, encryption)
 
     async def reach(self) -> socket.socket:
         """A connection to it, not blocking. Raises EngineError."""
+        if self.tls != (self.encryption is not None):
+            raise EngineError(
+                f"the other host wants the guest {'with' if self.tls else 'without'} TLS, this one does not: "
+                "encrypt_copies in [peer] must be the same on both"
+            )
         loop = asyncio.get_running_loop()
         far = socket.socket(_family(self.host), socket.SOCK_STREAM)
         far.setblocking(False)
@@ -51,7 +72,7 @@ class Standby:
             if isinstance(e, OSError | TimeoutError):
                 raise EngineError(f"the standby at {self.host}:{self.port} can't be reached: {e or 'no answer'}") from e
             raise
-        return far
+        return far if self.encryption is None else await self.encryption.around(far, server=False)
 
 
 class Door:
@@ -61,9 +82,15 @@ class Door:
     """
 
     def __init__(
-        self, pair: str, listen: Address, token: Callable[[], str | None], taken: Callable[[socket.socket], object]
+        self,
+        pair: str,
+        listen: Address,
+        token: Callable[[], str | None],
+        taken: Callable[[socket.socket], object],
+        encryption: Encryption | None,
     ) -> None:
         self._pair, self._listen, self._token, self._taken = pair, listen, token, taken
+        self._encryption = encryption
         self._listener: socket.socket | None = None
         self._tasks = Tasks(lambda error: logger.error("a task of the engine failed", exc_info=error))
 
@@ -116,6 +143,15 @@ class Door:
             say(logger, logging.WARNING, "a connection that is not the primary's", pair=self._pair)
             connection.close()
             return
+        if self._encryption is not None:
+            try:
+                connection = await self._encryption.around(connection, server=True)
+            except EngineError as e:
+                say(logger, logging.WARNING, "no connection could be taken in", pair=self._pair, error=e)
+                return
+            if self._token() != token:  # it was withdrawn meanwhile
+                connection.close()
+                return
         connection.setblocking(True)
         self._taken(connection)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coloebpf.errors import XenError
 from coloebpf.service.config import LibxlLiveConfig, PairConfig
+from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.engines.xen_toolstack import Toolstack
 from coloebpf.service.log import say
 from coloebpf.xen.client import ARGV
@@ -42,17 +43,18 @@ class Domains(Toolstack):
         vifs: Sequence[tuple[str, ...]],
         watcher: Watcher,
         argv: Sequence[str] = ARGV,
+        encryption: Encryption | None = None,
     ) -> None:
         home, step_s, end_s = config.run_dir / pair, config.step_timeout_s, config.copy_timeout_s
         super().__init__(pair, config.domain, home, step_s, end_s, watcher, argv)
-        self.config = config
+        self.config, self.encryption = config, encryption
         self._vifs = vifs
 
     @classmethod
-    def of(cls, pair: PairConfig, config: LibxlLiveConfig, watcher: Watcher) -> Domains:
+    def of(cls, pair: PairConfig, config: LibxlLiveConfig, watcher: Watcher, encryption: Encryption | None) -> Domains:
         """As the pair's configuration says."""
         vifs = [tuple((nic.vif, nic.standby_vif)[slot] for nic in pair.nics) for slot in SLOTS]
-        return cls(pair.name, config, vifs, watcher)
+        return cls(pair.name, config, vifs, watcher, encryption=encryption)
 
     def vifs(self, slot: int) -> tuple[str, ...]:
         """Names of the slot's devices."""

@@ -125,8 +125,7 @@ class XenPrimary:
                 self._heard = number
                 if copy is not None:
                     return  # offered twice
-                host, port, token = detail.split()
-                self._standby = Standby(number, host, int(port), token)
+                self._standby = Standby.of(number, detail, self._domains.encryption)
                 if self.copy is not None:
                     self.copy.fail("the secondary has another standby")
                 self._wake.set()

@@ -14,7 +14,7 @@ from typing import Any
 from coloebpf.errors import EngineError, XenError
 from coloebpf.model import State
 from coloebpf.service.engine import Say
-from coloebpf.service.engines.standby import new_token
+from coloebpf.service.engines.standby import new_token, offer
 from coloebpf.service.engines.xen_domains import SLOTS, Domains
 from coloebpf.service.engines.xen_places import Places
 from coloebpf.service.log import say
@@ -109,8 +109,8 @@ class Replicas:
     def offer(self) -> None:
         """To the primary, again if it asks."""
         if self.standby is not None and not self.standby.taken:
-            listen = self._domains.config.listen
-            self._say_to("standby", self.standby.number, f"{listen.host} {listen.port} {self.standby.token}")
+            words = offer(self._domains.config.listen, self.standby.token, self._domains.encryption)
+            self._say_to("standby", self.standby.number, words)
 
     def discard(self) -> None:
         """The standby is of no use. What was switched to it goes back to the SVM that runs."""

@@ -55,7 +55,7 @@ class XenSecondary:
         self._lacks = lacks
         self._places = Places(nics, domains, vifs, ports, index)
         self._replicas = Replicas(domains, self._places, tell, lambda reason: self._emit(DomainGone(reason)))
-        self._door = Door(domains.pair, domains.config.listen, self._token, self._take)
+        self._door = Door(domains.pair, domains.config.listen, self._token, self._take, domains.encryption)
         self._tasks = Tasks(self._failed)
         self._stopped = False
         self._before: int | None = None  # number of the standby that was there when the link came up, until asked

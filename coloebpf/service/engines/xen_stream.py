@@ -9,6 +9,7 @@ from pathlib import Path
 
 from coloebpf.service.config import LibxlColoConfig, LibxlRemusConfig
 from coloebpf.service.config_keys import Address
+from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.engines.xen_relay import RUNE, SOCKET
 from coloebpf.service.engines.xen_toolstack import Toolstack
 from coloebpf.xen.client import ARGV
@@ -30,25 +31,26 @@ class Stream:
     copy_timeout_s: int
     step_timeout_s: int
     run_dir: Path
+    encryption: Encryption | None = None
     xl: str = "xl"
     xenstore_write: str = "xenstore-write"
     worker: Sequence[str] = ARGV
 
     @classmethod
-    def of_colo(cls, pair: str, config: LibxlColoConfig) -> Stream:
+    def of_colo(cls, pair: str, config: LibxlColoConfig, encryption: Encryption | None) -> Stream:
         """`config` has a stream_listen."""
         assert config.stream_listen is not None
         return cls(
             pair, True, config.domain, config.stream_listen, config.listen, 0,
-            config.copy_timeout_s, config.step_timeout_s, config.run_dir,
+            config.copy_timeout_s, config.step_timeout_s, config.run_dir, encryption,
         )  # fmt: skip
 
     @classmethod
-    def of_remus(cls, pair: str, config: LibxlRemusConfig) -> Stream:
+    def of_remus(cls, pair: str, config: LibxlRemusConfig, encryption: Encryption | None) -> Stream:
         """Timed by libxl itself."""
         return cls(
             pair, False, config.domain, config.stream_listen, None, config.interval_ms,
-            config.copy_timeout_s, config.step_timeout_s, config.run_dir,
+            config.copy_timeout_s, config.step_timeout_s, config.run_dir, encryption,
         )  # fmt: skip
 
     @property

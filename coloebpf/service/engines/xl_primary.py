@@ -29,6 +29,7 @@ from coloebpf.service.engines.xen_primary import ASK_S, TEND_S, WANTED
 from coloebpf.service.engines.xen_pvm import Pvm
 from coloebpf.service.engines.xen_relay import Relay
 from coloebpf.service.engines.xen_stream import Stream
+from coloebpf.service.engines.xl_owed import Owed
 from coloebpf.service.engines.xl_sending import END_S, Sending
 from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
@@ -79,8 +80,7 @@ class XlPrimary:
         self._under_way = False  # libxl makes one
         self._first = True
         self._ending = ""  # why this engine has ended the stream
-        self._stood = self._has = 0  # Remus: how often the PVM stood still, and how much of that the secondary has
-        self._caught_up = asyncio.Event()
+        self._owed = Owed(self._commit)
         self._tasks = Tasks(lambda error: logger.error("a task of the engine failed", exc_info=error))
         self._stopped = False
 
@@ -91,9 +91,9 @@ class XlPrimary:
         self._relay = await Relay.find(self._stream.home, self._at, self._cut, self._over)
         if self._relay is not None:
             met = self._relay.met
-            self._begun, self._first = True, not met.get(Mark.READY)
-            self._under_way = met.get(Mark.NEW, 0) >= met.get(Mark.READY, 0)
-            self._stood = self._has = min(met.get(Mark.STILL, 0), 1) + met.get(Mark.NEXT, 0) - len(self._relay.held)
+            ready = met.get(Mark.READY, 0) - self._relay.held.count(Mark.READY)
+            self._begun, self._first, self._under_way = True, not ready, met.get(Mark.NEW, 0) >= ready
+            self._owed = Owed(self._commit, met.get(Mark.WHOLE, 0))
             self._say_it(logging.INFO, "went on with the stream", **{str(mark): n for mark, n in met.items()})
             for mark in self._relay.held:
                 self._at(mark, True)
@@ -141,12 +141,9 @@ class XlPrimary:
         match word:
             case "standby":
                 self._heard = number
-                host, port, token = detail.split()
-                self._standby = Standby(number, host, int(port), token)
-            case "whole" if self._has < number == self._stood:
-                self._has = number
-                self._commit()
-                self._caught_up.set()
+                self._standby = Standby.of(number, detail, self._stream.encryption)
+            case "whole":
+                self._owed.there(number)
             case "unfit":
                 self._emit(Failed(f"the other host: {detail}", fatal=True))
                 self._emit(Ready())
@@ -220,7 +217,7 @@ class XlPrimary:
 
     async def _connect(self, standby: Standby, domid: int) -> None:
         self._ending, self._first, self._under_way = "", True, True
-        self._stood = self._has = 0
+        self._owed = Owed(self._commit)
         with await standby.reach() as net:
             self._relay = await self._sending.begin(domid, net, self._at, self._cut, self._over)
         self._relay.listen()
@@ -242,6 +239,10 @@ class XlPrimary:
             case Mark.STILL | Mark.NEXT if held:
                 self._tasks.spawn(self._stands(relay, mark))
                 return
+            case Mark.SURE:
+                self._owed.sure()
+            case Mark.WHOLE:
+                self._owed.whole()
             case Mark.BLIND:
                 self._tasks.spawn(self._end(BLIND))
                 self._emit(Failed(BLIND, fatal=True))
@@ -254,6 +255,8 @@ class XlPrimary:
 
     async def _ready(self, relay: Relay) -> None:
         """COLO: the PVM stands still and the secondary has all of it. When this passes, libxl lets the PVM go on."""
+        if self._first and self.pvm.domid is None:  # this service has just come
+            await self.pvm.look(self._may_stand)
         if self._first and self.pvm.domid is not None:
             # It unpauses the PVM behind the first one, which is an error for a guest that was not paused.
             with contextlib.suppress(XenError):
@@ -266,11 +269,10 @@ class XlPrimary:
 
     async def _stands(self, relay: Relay, mark: Mark) -> None:
         """Remus: what the PVM has sent so far belongs to this checkpoint; it goes on when libxl has written it."""
-        while self._has < self._stood:  # the one before must be whole, for a commit is of all that was sent before
-            self._caught_up.clear()
-            await self._caught_up.wait()
+        owed = self._owed
+        await owed.settled()
         if relay is self._relay:
-            self._stood += 1
+            owed.stood()
             self._tell_suspended()
             relay.go(mark)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from coloebpf.errors import DeviceError, EngineError, XenError
 from coloebpf.model import State
 from coloebpf.service.engine import DomainGone, Emit, EngineEvent, Ready, Replacing, Say
-from coloebpf.service.engines.standby import Door, new_token
+from coloebpf.service.engines.standby import Door, new_token, offer
 from coloebpf.service.engines.xen_places import Ports
 from coloebpf.service.engines.xen_primary import TEND_S, WANTED
 from coloebpf.service.engines.xen_relay import RUNE, SOCKET, Relay, arrives, launch
@@ -59,7 +59,7 @@ class XlSecondary:
         self._emit_to, self._say_to, self._state, self._lacks = emit, tell, state, lacks
         self._tools = stream.toolstack(watcher)
         self.svm = Svm(self._tools, stream.incoming)
-        self._door = Door(stream.pair, stream.listen, lambda: self._token, self._take)
+        self._door = Door(stream.pair, stream.listen, lambda: self._token, self._take, stream.encryption)
         self._token: str | None = None  # of the standby that is offered
         self._number = 0
         self._numbers = itertools.count(1 + secrets.randbelow(1 << 30))
@@ -148,7 +148,7 @@ class XlSecondary:
                         self._say_to("unfit", 0, lacks)
                         raise EngineError(lacks)
                     await self._clear()
-                    self._token, self._number = new_token(), next(self._numbers)
+                    self._token, self._number, self._wholes = new_token(), next(self._numbers), 0
                     self._offer()
                 elif state is State.SYNCING and self._relay is not None and self._relay.cut:
                     await self._drop("its stream was cut")
@@ -178,9 +178,7 @@ class XlSecondary:
 
     def _offer(self) -> None:
         if self._token is not None and self._state() in WANTED:
-            self._say_to(
-                "standby", self._number, f"{self._stream.listen.host} {self._stream.listen.port} {self._token}"
-            )
+            self._say_to("standby", self._number, offer(self._stream.listen, self._token, self._stream.encryption))
 
     async def _clear(self) -> None:
         """The guest runs on the other host for certain: what has its name here, or is half of it, goes."""
@@ -195,7 +193,7 @@ class XlSecondary:
 
     async def _take_in(self, connection: socket.socket) -> None:
         stream = self._stream
-        self._ours, self._wholes = False, 0
+        self._ours = False
         try:
             with connection:
                 process = await launch(stream.home, [*RUNE, str(stream.home / SOCKET)])
@@ -251,6 +249,7 @@ class XlSecondary:
             self._say_to("gone", 0, f"the secondary's libxl has ended: {why}")
             self._emit(DomainGone(f"libxl has ended: {why}"))
             self._tasks.spawn(self._tell_fate())
+            self._tasks.spawn(self._release())  # it may have ended before the SVM ran
 
     async def _tell_fate(self) -> None:
         try:
