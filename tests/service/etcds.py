@@ -63,7 +63,10 @@ class Member:
         os.kill(self._process.pid, number)
 
     def freeze(self) -> None:
+        """Returns when all its threads stand still: the signal alone waits until one of them is on a CPU."""
         self.signal(signal.SIGSTOP)
+        assert self._process is not None
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def thaw(self) -> None:
         self.signal(signal.SIGCONT)
