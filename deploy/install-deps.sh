@@ -15,7 +15,7 @@ test_packages=(qemu-system-common gcc libc6-dev nginx-light curl iperf3 nftables
 # What builds the Debian package, and what its tests make a clean root file system with.
 package_packages=(debhelper dh-python python3-venv python3-pip lintian mmdebstrap)
 # What makes and boots the Xen hosts of tests/xen.
-xen_lab_packages=(mmdebstrap openssh-client e2fsprogs)
+xen_lab_packages=(mmdebstrap openssh-client e2fsprogs gcc libc6-dev libxen-dev)
 # Servers whose packages would start them at once and at each boot; the lab starts its own copies in its namespaces.
 services=(redis-server nginx prometheus etcd)
 

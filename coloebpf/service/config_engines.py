@@ -58,6 +58,11 @@ class LibxlLiveConfig(XenGuestConfig):
         "where this host takes the guest's memory; encrypted if encrypt_copies of [peer] says so",
         shown="10.9.9.1:7790",
     )
+    precopy: Path | None = setting(
+        keys.optional(keys.PATH, None, "each checkpoint copies all of the memory, from its request on"),
+        "a library (deploy/xen/rebuild.sh precopy): memory is copied all the time, and a checkpoint sends the rest",
+        None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ class Worker:
     async def do(
         self,
         order: str,
-        seconds: float,
+        seconds: float | None,
         fd: int | None = None,
         on_step: Callable[[str], object] = _nothing,
         **with_: object,

@@ -15,15 +15,18 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 from coloebpf.errors import XenError
 from coloebpf.xen import stream
 from coloebpf.xen.guest import placed
+from coloebpf.xen.hold import Hold
 from coloebpf.xen.libxl import Domain, LibXl
 
 PACKET = 1 << 17  # bytes; the largest is a guest's configuration
 LOOK_S = 0.005  # between two looks whether the guest stands still already
+KEPT_LOOK_S = 0.02  # ... whether a copy that is kept going is wanted now
 
 
 class Xen(Protocol):
@@ -91,11 +94,14 @@ class Worker:
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 
-    def _copy(self, domid: int) -> None:
-        """Raises XenError if it came to nothing; the guest goes on in any case."""
+    def _copy(self, domid: int, library: str = "", hold: str = "") -> None:
+        """Raises XenError if it came to nothing; the guest goes on in any case. `library`, `hold`: see hold.py."""
         stream.write_head(self._taken(), self._xen.configuration(domid))
         over = threading.Event()
-        watch = threading.Thread(target=self._watch, args=(domid, over), daemon=True)
+        kept = Hold(Path(hold), Path(library)) if hold else None
+        if kept is not None:
+            kept.preload()
+        watch = threading.Thread(target=self._watch, args=(domid, over, kept), daemon=True)
         watch.start()
         try:
             self._xen.suspend(domid, self._taken())
@@ -109,8 +115,11 @@ class Worker:
             if self._stands_still(domid, unsure=True):
                 self._xen.resume(domid)
 
-    def _watch(self, domid: int, over: threading.Event) -> None:
+    def _watch(self, domid: int, over: threading.Event, hold: Hold | None) -> None:
         """Tells when the guest stands still; libxl itself says nothing before all is written."""
+        while hold is not None and hold.kept and not over.wait(KEPT_LOOK_S):
+            if self._ended():
+                hold.end()
         while not over.wait(LOOK_S):
             if self._stands_still(domid):
                 with contextlib.suppress(Gone):

@@ -2,6 +2,7 @@
 # Rebuilds what Debian 12 builds without COLO, out of Debian's own source packages, into .deb files:
 #     rebuild.sh tools [DIRECTORY [VERSION]]   libxl with COLO and with Remus' network buffer: libxenmisc4.17, xen-utils-common
 #     rebuild.sh qemu [DIRECTORY [VERSION]]    Xen's device model with block replication: qemu-system-xen
+#     rebuild.sh precopy [DIRECTORY]           a library for libxl's save helper (precopy/precopy.c): coloebpf-precopy
 # VERSION of the source package: the one that the hosts have. Without it the newest, which is what `apt-get upgrade` gives them.
 # For a build machine with Debian 12, as root: it works in a root file system of its own, which is gone afterwards; the
 # machine is left as it is, but for mmdebstrap. What is changed in the sources, and why, is in edits/: a small patch for
@@ -17,7 +18,8 @@ what=${1:-}
 case "$what" in
     tools) source=xen ;;
     qemu) source=qemu ;;
-    *) die "usage: rebuild.sh tools|qemu [DIRECTORY [VERSION]]" ;;
+    precopy) source= ;;
+    *) die "usage: rebuild.sh tools|qemu|precopy [DIRECTORY [VERSION]]" ;;
 esac
 output=${2:-$PWD} asked=${3:-}
 [ "$(id -u)" -eq 0 ] || die "must run as root: it makes a root file system"
@@ -96,6 +98,32 @@ unshare --mount mmdebstrap --mode=root --variant=buildd --format=directory --ski
     bookworm "$root" - <<<"$sources" >>"$log" 2>&1 || failed "mmdebstrap failed"
 cp -L /etc/resolv.conf "$root/etc/resolv.conf"
 mkdir "$root/build"
+
+if [ "$what" = precopy ]; then
+    # Headers and library are of one version: 4.17, whose internals the file's head names.
+    cp "$here/precopy/precopy.c" "$root/build"
+    inside "its compiler can't be installed, or the build failed" "
+        apt-get -qq -y --no-install-recommends install gcc libc6-dev libxen-dev
+        dpkg-query -W -f '\${Version}' libxen-dev | grep -q '^4\.17\.'
+        mkdir -p package/DEBIAN package/usr/lib/coloebpf
+        gcc -O2 -Wall -Wextra -Werror -shared -fPIC -Wl,-z,relro,-z,now -s -o package/usr/lib/coloebpf/precopy.so precopy.c"
+    cat >"$root/build/package/DEBIAN/control" <<CONTROL
+Package: coloebpf-precopy
+Version: 4.17$suffix
+Architecture: amd64
+Maintainer: The coloebpf founders <coloebpf@xen.cluster.invalid>
+Depends: libc6 (>= 2.34), xen-utils-4.17
+Section: admin
+Priority: optional
+Description: copies of Xen guests that are kept going in the background
+ A library for the save helper of Xen 4.17's libxl: coloebpf's engine libxl-live
+ then copies a guest's memory all the time, and a checkpoint sends the rest.
+CONTROL
+    dpkg-deb --root-owner-group --build "$root/build/package" "$output/coloebpf-precopy_4.17${suffix}_amd64.deb" >>"$log" ||
+        failed "coloebpf-precopy can't be packed"
+    say "$output/coloebpf-precopy_4.17${suffix}_amd64.deb"
+    exit
+fi
 
 inside "Debian's mirrors don't give the source of $source $asked" \
     "apt-get -qq --only-source source $source${asked:+=$asked} && mv $source-*/ source"

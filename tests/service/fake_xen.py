@@ -1,7 +1,8 @@
 """A stand-in for libxl, run as a worker's process: `python -m tests.service.fake_xen DIR`. A host's domains are files.
 
 A guest's memory is one text. A file DIR/hold.ORDER makes that order wait for as long as it is there; suspend and restore
-do so when the guest stands still, or is half there. DIR/fail.ORDER makes it fail. DIR/log has the orders.
+do so when the guest stands still, or is half there. DIR/fail.ORDER makes it fail. DIR/log has the orders. What the
+library in libxl's save helper does (deploy/xen/precopy) suspend does itself, but for DIR/deaf.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from coloebpf.errors import XenError
+from coloebpf.xen.hold import VARIABLE
 from coloebpf.xen.libxl import Domain
 from coloebpf.xen.worker import serve
 
@@ -73,6 +75,7 @@ class FakeXen:
 
     def suspend(self, domid: int, fd: int) -> None:
         self._begin("suspend", domid)
+        self._keep_going()
         self.write(domid, suspended=True)
         self._hold("suspend")
         memory = self.read(domid)["memory"].encode()
@@ -129,6 +132,15 @@ class FakeXen:
     def _fail(self, order: str) -> None:
         if (self.home / f"fail.{order}").exists():
             raise XenError(f"{order} fails, as it was told to")
+
+    def _keep_going(self) -> None:
+        hold = os.environ.get(VARIABLE)
+        if hold is None or (self.home / "deaf").exists():
+            return
+        while not os.path.exists(f"{hold}.go"):
+            if os.path.exists(f"{hold}.end"):
+                raise XenError("libxl_domain_suspend: it failed (-3)")
+            time.sleep(LOOK_S)
 
     def _hold(self, order: str) -> None:
         while (self.home / f"hold.{order}").exists():

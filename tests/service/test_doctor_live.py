@@ -122,3 +122,23 @@ def test_a_guest_of_no_pair(root: Path) -> None:
         xl_text.changes(root / "etc/xen/web.cfg", make_config(make_pair("model")))
     with pytest.raises(ConfigError, match="can't be read"):
         xl_text.changes(root / "etc/xen/none.cfg", make_config(make_pair()))
+
+
+@pytest.mark.parametrize(
+    ("text", "level", "says"),
+    [
+        (None, FAIL, "precopy of pair web: "),
+        ("of somebody else", FAIL, "is no library of coloebpf's"),
+        ("COLOEBPF_HOLD xc_domain_save", OK, "keeps copies going"),
+    ],
+)
+def test_the_library_of_pre_copy(root: Path, text: str | None, level: str, says: str) -> None:
+    if text is not None:
+        (root / "precopy.so").write_text(text)
+    pair = make_pair()
+    assert pair.libxl_live is not None
+    pair = dataclasses.replace(pair, libxl_live=dataclasses.replace(pair.libxl_live, precopy=Path("/precopy.so")))
+    found = list(live.engine(Host(now=0, root=root, release="6.1", config=make_config(pair))))
+    [of_it] = [f for f in found if says in f.text]
+    assert of_it.level == level
+    assert [f for f in found if f.level != OK and f is not of_it] == []

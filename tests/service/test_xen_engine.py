@@ -23,7 +23,7 @@ Test = Callable[[Rig], Awaitable[None]]
 def play(tmp_path: Path) -> Callable[..., None]:
     """Runs a test with a PVM and both engines."""
 
-    def run(test: Test, **rig_with: int) -> None:
+    def run(test: Test, **rig_with: Any) -> None:
         async def all_of_it() -> None:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]

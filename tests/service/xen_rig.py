@@ -68,13 +68,13 @@ class FakePorts:
 class Rig:
     """`steps`: words, events of both engines and what the ports were told, in order."""
 
-    def __init__(self, work_dir: Path, port: int, step_timeout_s: int = 60) -> None:
+    def __init__(self, work_dir: Path, port: int, step_timeout_s: int = 60, precopy: Path | None = None) -> None:
         self.dirs = {host: work_dir / host for host in "ab"}
         self.xen = {host: FakeXen(path / "xen") for host, path in self.dirs.items()}
         self.configs = {
             host: LibxlLiveConfig(
                 domain="web", listen=Address("127.0.0.1", port), copy_timeout_s=60, step_timeout_s=step_timeout_s,
-                run_dir=path / "run",
+                run_dir=path / "run", precopy=precopy,
             )
             for host, path in self.dirs.items()
         }  # fmt: skip

@@ -16,13 +16,14 @@ from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
 from coloebpf.service.checks.guest import LIBRARIES
 from coloebpf.service.checks.qemu import free_address
 from coloebpf.service.config import PairConfig
-from coloebpf.xen import xlcfg
+from coloebpf.xen import hold, xlcfg
 from coloebpf.xen.guest import SCRIPT, Wrong, port_of
 from coloebpf.xen.libxl import VERSIONS
 
 SCRIPTS = "/etc/xen/scripts"
 PRIVCMD = ("/dev/xen/privcmd", "/proc/xen/privcmd")
 AUTOBALLOON_OFF = re.compile(r"""^\s*autoballoon\s*=\s*["']?(off|0)["']?\s*$""", re.MULTILINE)
+PRECOPY_ADVICE = "install what `deploy/xen/rebuild.sh precopy` makes, or take the key out: checkpoints copy more then"
 MODULES = ("sch_plug", "act_mirred", "cls_u32")  # what keeps frames, and what joins taps and ports
 
 
@@ -38,6 +39,7 @@ def engine(host: Host) -> Iterator[Finding]:
     yield from _modules(host)
     for pair in pairs:
         yield from _addresses(pair)
+        yield from _precopy(host, pair)
         yield from _guest(host, pair)
     yield from _lock(host, pairs)
 
@@ -58,6 +60,22 @@ def _addresses(pair: PairConfig) -> Iterator[Finding]:
         yield free_address(f"[pair.libxl_remus] stream_listen of pair {pair.name}", pair.libxl_remus.stream_listen)
     if pair.engine == "libxl-colo" and pair.libxl_colo and pair.libxl_colo.stream_listen:
         yield free_address(f"[pair.libxl_colo] stream_listen of pair {pair.name}", pair.libxl_colo.stream_listen)
+
+
+def _precopy(host: Host, pair: PairConfig) -> Iterator[Finding]:
+    """The library is there, and is ours: one that can't be loaded only changes that checkpoints are slow."""
+    if pair.engine != "libxl-live" or pair.libxl_live is None or pair.libxl_live.precopy is None:
+        return
+    path = host.at(str(pair.libxl_live.precopy))
+    try:
+        text = path.read_bytes()
+    except OSError as e:
+        yield Finding(FAIL, f"[pair.libxl_live] precopy of pair {pair.name}: {path}: {e.strerror}", PRECOPY_ADVICE)
+        return
+    if all(mark in text for mark in hold.MARKS):
+        yield Finding(OK, f"{path} keeps copies going")
+    else:
+        yield Finding(FAIL, f"{path} is no library of coloebpf's", PRECOPY_ADVICE)
 
 
 def _lock(host: Host, pairs: list[PairConfig]) -> Iterator[Finding]:

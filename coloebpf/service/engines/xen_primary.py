@@ -28,11 +28,13 @@ from coloebpf.service.engines.xen_copy import Copy
 from coloebpf.service.engines.xen_domains import Domains, index_of
 from coloebpf.service.engines.xen_pvm import Pvm
 from coloebpf.service.log import say
+from coloebpf.xen.hold import Hold
 
 WANTED = (State.SYNCING, State.LOCKSTEP, State.CHECKPOINTING)
 TEND_S = 0.2
 ASK_S = 1.0  # between two questions for a standby
 UNDO_S = 5.0  # for a worker that has lost its connection to let the PVM go on
+AHEAD_AGAIN_S = 10.0  # from a copy ahead that came to nothing to the next
 
 logger = logging.getLogger("coloebpf.xen")
 
@@ -69,6 +71,8 @@ class XenPrimary:
         self._asked = False  # a first one was asked for since the protection began
         self._heard = 0  # number of the last standby that was offered; 0: none was
         self._asked_s = 0.0
+        self._precopy = self._config.precopy  # None as soon as it is of no use
+        self._not_before_s = 0.0  # for a copy ahead
         self._wake = asyncio.Event()
         self._working: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -88,6 +92,8 @@ class XenPrimary:
         if self._requested:
             raise EngineError("a checkpoint is under way")
         self._requested = self._asked = True
+        if self.copy is not None:
+            self.copy.hurry()
         self._wake.set()
 
     async def failover(self) -> None:
@@ -162,6 +168,8 @@ class XenPrimary:
             if wanted and self._standby is None and self.copy is None and now - self._asked_s > ASK_S:
                 self._asked_s = now
                 self._say_to("ask", self._heard, "")
+            if self._standby is not None and self.copy is None and self._ahead():
+                self._wake.set()
             await self._domains.changes.wait(TEND_S)
 
     def _may_stand(self) -> bool:
@@ -195,10 +203,13 @@ class XenPrimary:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if not self._requested or self.domid is None or self._standby is None:
+            if self.domid is None or self._standby is None or not (self._requested or self._ahead()):
                 continue
             standby, self._standby = self._standby, None
-            self.copy = copy = Copy(standby, self._switch, self._suspend)
+            hold = (
+                None if self._requested or self._precopy is None else Hold(self._domains.home / "hold", self._precopy)
+            )
+            self.copy = copy = Copy(standby, self._switch, self._suspend, hold)
             self._working = asyncio.get_running_loop().create_task(self._make(copy, self.domid))
             try:
                 await asyncio.wait((self._working,))
@@ -208,6 +219,12 @@ class XenPrimary:
                 raise
             self.copy = self._working = None
             self._wake.set()
+
+    def _ahead(self) -> bool:
+        """A copy is begun that nobody has asked for yet: when that happens, only its rest is missing."""
+        if self._precopy is None or self._state() is not State.LOCKSTEP:
+            return False
+        return asyncio.get_running_loop().time() >= self._not_before_s
 
     async def _make(self, copy: Copy, domid: int) -> None:
         try:
@@ -221,6 +238,8 @@ class XenPrimary:
                 self._emit(Failed(str(e), fatal=bool(copy.refused)))
                 if copy.refused:
                     self._emit(Ready())  # for the next protection, when that is mended
+            else:
+                self._not_before_s = asyncio.get_running_loop().time() + AHEAD_AGAIN_S
         except asyncio.CancelledError:
             copy.fail("given up")
             self._say_to("discard", copy.number, "")
@@ -259,6 +278,10 @@ class XenPrimary:
     def _suspend(self, copy: Copy) -> None:
         """All that the PVM has sent so far is in the copy, and its QEMU stands still too."""
         self._switch(copy)
+        if copy.kept:
+            self._precopy = None
+            why = "it ended by itself: is the library for this libxl? (docs/xen.md)"
+            say(logger, logging.ERROR, "memory is not copied ahead any more", pair=self._domains.pair, why=why)
         copy.suspended = True
         self._emit(Suspended(requested=self._requested))
 

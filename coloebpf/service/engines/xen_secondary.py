@@ -159,11 +159,11 @@ class XenSecondary:
 
     async def _restore(self, standby: Standby, connection: socket.socket) -> None:
         domains, slot = self._domains, standby.slot
-        limit_s = domains.config.copy_timeout_s + domains.config.step_timeout_s
         with connection:
             try:
+                # Without a limit: the primary has one from a copy's request on, and says when it was given up.
                 domid = await standby.worker.do(
-                    "restore", limit_s, connection.fileno(),
+                    "restore", None, connection.fileno(),
                     name=domains.name(slot), uuid=domains.new_uuid(slot), bridges=domains.ports(slot),
                 )  # fmt: skip
             except XenError as e:
