@@ -23,17 +23,17 @@ def until(there: Callable[[], bool], what: str) -> None:
         time.sleep(1)
 
 
-def pair(lab: Lab, host: int) -> dict[str, Any]:
-    """What a host's service says of its one pair."""
-    [found] = service.status(lab, host)["service"]["pairs"]
+def pair(lab: Lab, host: int, name: str = "web") -> dict[str, Any]:
+    """What a host's service says of a pair."""
+    [found] = [pair for pair in service.status(lab, host)["service"]["pairs"] if pair["name"] == name]
     return dict(found)
 
 
 class Counter:
     """A redis client on one connection that counts; what it was told never goes back."""
 
-    def __init__(self, lab: Lab, address: str) -> None:
-        self._address = address
+    def __init__(self, lab: Lab, address: str, key: str = "n") -> None:
+        self._address, self._key = address, key
         with inside(lab.plan.name):
             until(self._connects, "the guest's server, which is up later than its answer to a ping")
         self._said = self._socket.makefile("rb")
@@ -64,7 +64,7 @@ class Counter:
     def count(self) -> None:
         """One more; the answer must be the next number."""
         begun = time.monotonic()
-        answer = self.ask("INCR n")
+        answer = self.ask(f"INCR {self._key}")
         assert answer == f":{self.value + 1}", (answer, self.value)
         self.value += 1
         self.longest_s = max(self.longest_s, time.monotonic() - begun)

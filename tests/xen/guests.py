@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from coloebpf.lab import image
 from tests.xen.cache import Cache
 from tests.xen.modules import load_order
-from tests.xen.plan import LAN, SUBNETS, SUBNETS_V6
+from tests.xen.plan import LAN, LAN_SUBNETS, SUBNETS_V6
 
 ARCHIVE = "guest.cpio"
 DRIVERS = ("xen-netfront", "xen-blkfront", "e1000")
@@ -39,37 +40,53 @@ def archive(cache: Cache, kernel: image.Kernel) -> Path:
 
 @dataclass(frozen=True)
 class Guest:
-    """One guest; `number` makes addresses that no other guest has."""
+    """One guest; `number` makes addresses that no other guest has. Each of its NICs is in a subnet of the LAN's own."""
 
     name: str
     kind: str
     number: int
     memory: int = MEMORY_MIB
+    nics: int = 1
+
+    @property
+    def addresses(self) -> list[str]:
+        return [f"{subnet}.{self.number}" for subnet in LAN_SUBNETS[: self.nics]]
 
     @property
     def address(self) -> str:
-        return f"{SUBNETS[LAN]}.{self.number}"
+        return self.addresses[0]
+
+    @property
+    def macs(self) -> list[str]:
+        return [f"00:16:3e:00:{nic:02x}:{self.number:02x}" for nic in range(self.nics)]
 
     @property
     def mac(self) -> str:
-        return f"00:16:3e:00:00:{self.number:02x}"
+        return self.macs[0]
+
+    @property
+    def ports(self) -> list[str]:
+        """What its NICs are behind, where it is protected."""
+        return [f"{self.name}{2 * nic}" for nic in range(self.nics)]
 
     def vif(self, domid: int) -> str:
         """The device in dom0 that carries the guest's frames."""
         return f"vif{domid}.0-emu" if self.kind == "hvm" else f"vif{domid}.0"
 
-    def config(self) -> str:
-        """For `xl create`."""
+    def config(self, ports: Sequence[str] = ()) -> str:
+        """For `xl create`. `ports`: what its NICs are behind; none: they are in the LAN's bridge."""
         console = "ttyS0" if self.kind == "hvm" else "hvc0"
-        nics = f"{self.address}/24,{SUBNETS_V6[LAN]}{self.number}/64"
+        first, *more = (f"{address}/24" for address in self.addresses)
+        nics = ";".join([f"{first},{SUBNETS_V6[LAN]}{self.number}/64", *more])
         line = f"console={console} quiet panic=-1 mitigations=off COLO_MTU={MTU} COLO_NICS={nics}"
-        vif = f"mac={self.mac},bridge={BRIDGE}"
+        bridges = [f"{port}-x,script=vif-coloebpf" for port in ports] or [BRIDGE] * self.nics
+        kind = ",type=ioemu,model=e1000" if self.kind == "hvm" else ""
+        vifs = ", ".join(f'"mac={mac},bridge={bridge}{kind}"' for mac, bridge in zip(self.macs, bridges, strict=True))
         if self.kind == "hvm":
             line += " xen_nopv xen_emul_unplug=never"
-            vif += ",type=ioemu,model=e1000"
         return (
             f'name = "{self.name}"\nkernel = "/lab/vmlinuz"\nramdisk = "/lab/{ARCHIVE}"\n'
             f'{"cmdline" if self.kind == "hvm" else "extra"} = "{line}"\n'
-            f'memory = {self.memory}\nvcpus = 1\nvif = ["{vif}"]\non_crash = "destroy"\n'
+            f'memory = {self.memory}\nvcpus = 1\nvif = [{vifs}]\non_crash = "destroy"\n'
             + {"pv": "", "pvh": 'type = "pvh"\n', "hvm": HVM}[self.kind]
         )

@@ -37,12 +37,14 @@ class Lab:
 
     def __init__(self, plan: XenPlan) -> None:
         self.plan = plan
+        self._packages: Sequence[Path] = ()
 
     # ---- up and down -----------------------------------------------------------------------------------------------
 
     def up(self, packages: Sequence[Path] = ()) -> None:
         """Makes what is missing and boots both hosts with coloebpf as it is in this tree. What was left of a lab goes first."""
         begun = time.monotonic()
+        self._packages = packages
         boot = dom0.made(Cache(CACHE), packages)
         self.down()
         try:
@@ -60,6 +62,14 @@ class Lab:
         machine.kill(self.plan, host)
         machine.start(self.plan, host, dom0.made(Cache(CACHE), packages))
         self._await_hosts([host])
+
+    def anew(self) -> None:
+        """Both hosts are switched on again, with fresh disks: nothing of an earlier guest is left."""
+        boot = dom0.made(Cache(CACHE), self._packages)
+        for host in HOSTS:
+            machine.kill(self.plan, host)
+            machine.start(self.plan, host, boot)
+        self._await_hosts(HOSTS)
 
     def _await_hosts(self, hosts: Sequence[int]) -> None:
         for host in hosts:

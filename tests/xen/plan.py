@@ -16,6 +16,7 @@ MANAGEMENT, FORWARD, DIRECT, LAN = "mgmt", "fwd", "peer", "lan"
 WIRES = (MANAGEMENT, FORWARD, DIRECT, LAN)
 DIRECT_LINKS = (FORWARD, DIRECT)
 SUBNETS = {MANAGEMENT: "10.78.0", DIRECT: "10.79.0", LAN: "10.77.0"}
+LAN_SUBNETS = (SUBNETS[LAN], "10.77.1")  # for each NIC of a guest one
 SUBNETS_V6 = {LAN: "fd77::"}
 CLIENT_END = 254  # last byte of the addresses that the lab itself has, on management and LAN
 DIRECT_MTU = 9000  # a forward device needs 8 bytes more than the guest's; a plain copy of memory likes big frames

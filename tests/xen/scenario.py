@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -29,13 +29,59 @@ class Protected:
     server: Counter
 
 
-def write_configuration(lab: Lab, host: int, engine: str, nic: str, table: str, guest: Guest) -> None:
-    """`nic`: more lines of [[pair.nic]]; `table`: the engine's."""
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is asked of a pair. `nic`: more lines of [[pair.nic]]; `table`: the engine's, with {address}, the host's own
+    on the direct link. `number`: of the pair, `first_nic`: of its first NIC; with several the forward link is shared."""
+
+    engine: str
+    nic: str
+    table: str
+    guest: Guest = GUEST
+    primary: int = 1
+    number: int = 0
+    first_nic: int = 0
+    shared: bool = False
+
+    def text(self, lab: Lab, host: int) -> str:
+        """[[pair]] of a host."""
+        lines = f"""
+[[pair]]
+name = "{self.guest.name}"
+number = {self.number}
+role = "{"primary" if host == self.primary else "secondary"}"
+engine = "{self.engine}"
+arbiter = "command"
+commit_timeout_ms = 1200000
+compare_timeout_ms = 60000
+interval_max_ms = 3000000
+storm_count = 10000
+storm_window_ms = 200000
+calm_ms = 200000
+"""
+        for number, (vif, mac) in enumerate(zip(self.guest.ports, self.guest.macs, strict=True), self.first_nic):
+            lines += f"""
+[[pair.nic]]
+number = {number}
+vif = "{vif}"
+{self.nic}
+fwd = "{FORWARD}0"
+vlan = {number + 1 if self.shared else 0}
+mac = "{mac}"
+bridge = "{BRIDGE}"
+"""
+        return f"""{lines}
+{self.table.format(address=lab.plan.address(DIRECT, host))}
+domain = "{self.guest.name}"
+copy_timeout_s = 600
+step_timeout_s = 300
+"""
+
+
+def write_configuration(lab: Lab, host: int, settings: Sequence[Setting]) -> None:
+    """The service's, and the guests'."""
     other = 3 - host
-    lab.write(
-        host,
-        service.CONFIG,
-        f"""
+    head = f"""
 [host]
 name = "host{host}"
 [peer]
@@ -46,55 +92,44 @@ heartbeat_interval_ms = 500
 heartbeat_timeout_ms = 20000
 [arbiter.command]
 fence = ["/bin/true"]  # the test has turned it off
-[[pair]]
-name = "web"
-number = 0
-role = "{"primary" if host == 1 else "secondary"}"
-engine = "{engine}"
-arbiter = "command"
-commit_timeout_ms = 1200000
-compare_timeout_ms = 60000
-interval_max_ms = 3000000
-storm_count = 10000
-storm_window_ms = 200000
-calm_ms = 200000
-[[pair.nic]]
-number = 0
-vif = "web0"
-{nic}
-fwd = "{FORWARD}0"
-mac = "{guest.mac}"
-bridge = "{BRIDGE}"
-{table}
-domain = "web"
-copy_timeout_s = 600
-step_timeout_s = 300
-""",
-    )
+"""
+    lab.write(host, service.CONFIG, head + "".join(setting.text(lab, host) for setting in settings))
+    for setting in settings:
+        lab.write(host, f"/etc/xen/{setting.guest.name}.cfg", setting.guest.config(setting.guest.ports))
+
+
+@contextmanager
+def services(lab: Lab, settings: Sequence[Setting]) -> Iterator[None]:
+    """Both services and the guests are up."""
+    if lab.running() != list(HOSTS):
+        lab.anew()  # an earlier test has ended a host
+    service.hand_out_certificates(lab)
+    for host in HOSTS:
+        lab.run(host, "install -m 755 /opt/coloebpf/deploy/xen/vif-coloebpf /etc/xen/scripts/")
+        write_configuration(lab, host, settings)
+    with ThreadPoolExecutor() as both:  # each compiles for minutes on its emulated CPU
+        list(both.map(partial(service.start, lab), HOSTS))
+    for setting in settings:
+        lab.run(setting.primary, f"xl create -q /etc/xen/{setting.guest.name}.cfg")
+    for setting in settings:
+        lab.await_answer(setting.guest)
+    try:
+        yield
+    finally:
+        for host in lab.running():
+            for name in (setting.guest.name for setting in settings):
+                lab.run(host, f"coloebpf unprotect {name}", check=False)  # else its programs stay
+            service.stop(lab, host)
+            for name in (setting.guest.name for setting in settings):
+                copies = " ".join(f"{name}{end}" for end in ("", "--0", "--1", "--incoming"))
+                lab.run(host, f"for name in {copies}; do xl destroy $name; done 2>/dev/null", check=False)
 
 
 @contextmanager
 def protected_pair(lab: Lab, engine: str, nic: str, table: str, guest: Guest = GUEST) -> Iterator[Protected]:
-    """Both services and the guest are up. `table`: {address} is the host's own on the direct link."""
-    service.hand_out_certificates(lab)
-    for host in HOSTS:
-        lab.run(host, "install -m 755 /opt/coloebpf/deploy/xen/vif-coloebpf /etc/xen/scripts/")
-        write_configuration(lab, host, engine, nic, table.format(address=lab.plan.address(DIRECT, host)), guest)
-        config = guest.config().replace(f"bridge={BRIDGE}", "bridge=web0-x,script=vif-coloebpf")
-        lab.write(host, "/etc/xen/web.cfg", config)
-    with ThreadPoolExecutor() as both:  # each compiles for minutes on its emulated CPU
-        list(both.map(partial(service.start, lab), HOSTS))
-    lab.run(1, "xl create -q /etc/xen/web.cfg")
-    lab.await_answer(guest)
-    try:
+    """One guest on host 1. `nic`, `table`: see Setting."""
+    with services(lab, [Setting(engine, nic, table, guest)]):
         yield Protected(lab, Counter(lab, guest.address), Counter(lab, guest.address))
-    finally:
-        for host in lab.running():
-            lab.run(host, "coloebpf unprotect web", check=False)  # else its programs stay
-            service.stop(lab, host)
-            lab.run(
-                host, "for name in web web--0 web--1 web--incoming; do xl destroy $name; done 2>/dev/null", check=False
-            )
 
 
 def doctor_is_content(lab: Lab) -> None:

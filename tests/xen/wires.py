@@ -14,6 +14,7 @@ from tests.xen.plan import (
     DIRECT_MTU,
     HOSTS,
     LAN,
+    LAN_SUBNETS,
     MANAGEMENT,
     SUBNETS,
     SUBNETS_V6,
@@ -35,6 +36,7 @@ def lay(plan: XenPlan) -> None:
             lines.append(f"link set {tap}{mtu} master {wire} up")
         lines.append(f"link set {wire} up")
     lines += [f"addr add {SUBNETS[wire]}.{CLIENT_END}/24 dev {wire}" for wire in (MANAGEMENT, LAN)]
+    lines += [f"addr add {subnet}.{CLIENT_END}/24 dev {LAN}" for subnet in LAN_SUBNETS[1:]]
     lines.append(f"addr add {SUBNETS_V6[LAN]}{CLIENT_END}/64 dev {LAN} nodad")
     done = subprocess.run(
         ["ip", "-netns", plan.name, "-batch", "-"], input="\n".join(lines), capture_output=True, text=True, check=False
