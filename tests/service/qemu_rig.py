@@ -11,12 +11,14 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from coloebpf.control import PairState
 from coloebpf.lab import image
 from coloebpf.model import State
 from coloebpf.service.config import Address, QemuConfig, QemuDisk
 from coloebpf.service.engine import Committed, EngineEvent, Ready, Replacing, Suspended
+from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.engines.qemu_primary import QemuPrimary
 from coloebpf.service.engines.qemu_process import Process
 from coloebpf.service.engines.qemu_secondary import QemuSecondary
@@ -111,7 +113,15 @@ class FakeVifs:
 class Rig:
     """`heard`: events of both engines with their times (s), in order. `follows`: the secondary's pair lets it switch."""
 
-    def __init__(self, kernel: image.Kernel, work_dir: Path, port: int, disk: bool = False) -> None:
+    def __init__(
+        self,
+        kernel: image.Kernel,
+        work_dir: Path,
+        port: int,
+        disk: bool = False,
+        encryption: Mapping[str, Encryption] = MappingProxyType({}),
+    ) -> None:
+        self._encryption = encryption
         archive = make_initramfs(kernel, work_dir, disk)
         self.argv = command(kernel, archive) + (DISK if disk else ())
         self.dirs = {host: work_dir / host for host in "ab"}
@@ -138,11 +148,11 @@ class Rig:
     # ---- making ----------------------------------------------------------------------------------------------------
 
     def make_primary(self) -> QemuPrimary:
-        vms = Vms("web", self.configs["a"], TAPS)
+        vms = Vms("web", self.configs["a"], TAPS, self._encryption.get("a"))
         return QemuPrimary(vms, lambda event: self._hear("a", event), self._to("b"), lambda: self.state)
 
     def make_secondary(self) -> QemuSecondary:
-        vms = Vms("web", self.configs["b"], TAPS)
+        vms = Vms("web", self.configs["b"], TAPS, self._encryption.get("b"))
         return QemuSecondary(
             [0], vms, self.vifs, lambda event: self._hear("b", event), self._to("a"), lambda: self.vifs.word,
             INDEX.__getitem__,

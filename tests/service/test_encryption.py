@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from coloebpf.lab import image
 from coloebpf.model import State
 from coloebpf.service.engine import Failed
 from coloebpf.service.engines.encryption import Encryption
+from coloebpf.service.engines.qemu_primary import QemuPrimary
+from coloebpf.service.engines.xen_primary import XenPrimary
 from coloebpf.service.peer.pki import init_pki
+from tests.service import qemu_rig, xen_rig
 from tests.service.peers import expired, identity
 from tests.service.test_xl_engines import protect
 from tests.service.xl_rig import Rig
@@ -55,6 +59,40 @@ class Wire:
                 self.seen += data
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_RDWR)
+
+
+class Listener:
+    """Between the primary and what takes its copies in: `seen` is what went by."""
+
+    def __init__(self, port: int) -> None:
+        self.seen = bytearray()
+        self._to = port
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def between(self, engine: XenPrimary | QemuPrimary) -> None:
+        """The engine is told of this port in place of the real one."""
+        heard = engine.heard
+
+        def tell(word: str, number: int, detail: str) -> None:
+            heard(word, number, detail.replace(f" {self._to} ", f" {self.port} "))
+
+        engine.heard = tell  # type: ignore[method-assign]
+
+    def _serve(self) -> None:
+        while True:
+            near, _ = self._server.accept()
+            far = socket.create_connection(("127.0.0.1", self._to))
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(MIB):
+                self.seen += data
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
 
 
 async def both(wire: Wire, a: Encryption, b: Encryption) -> tuple[socket.socket, socket.socket]:
@@ -184,6 +222,64 @@ def test_a_guest_is_copied_through_it(tmp_path: Path, pki: Path, colo: bool) -> 
             guest = rig.named("b", "web")
             assert guest is not None
             assert guest["memory"] == "two"
+        finally:
+            await rig.down()
+
+    play(test)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.parametrize("tls", [True, False])
+def test_live_copies(tmp_path: Path, pki: Path, tls: bool) -> None:
+    """libxl-live: the guest's memory, and its configuration before it, can be read on the way without TLS only."""
+
+    async def test() -> None:
+        port = free_port()
+        rig = xen_rig.Rig(tmp_path, port, encryption={host: encryption(pki, host) for host in "ab"} if tls else {})
+        listener = Listener(port)
+        listener.between(rig.primary)
+        try:
+            await rig.up()
+            for memory in ("what nobody may read", "the next of it"):
+                rig.remember(memory)
+                await rig.checkpoint()
+                assert rig.primary.progress == ""
+                assert rig.svm()["memory"] == memory
+                assert (memory.encode() in listener.seen) is not tls
+            assert (b"Xen saved domain" in listener.seen) is not tls
+        finally:
+            await rig.down()
+
+    play(test)
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("tls", [True, False])
+def test_a_qemu(tmp_path: Path, pki: Path, tls: bool) -> None:
+    """The engine qemu, with real QEMUs: memory that is filled in ahead, and the rest behind it."""
+    kernel = image.find_kernel()
+    if kernel is None:
+        pytest.skip("no linux-image-cloud-amd64 of Debian 12: run deploy/install-deps.sh test")
+
+    async def test() -> None:
+        port = free_port()
+        rig = qemu_rig.Rig(
+            kernel, tmp_path, port, encryption={host: encryption(pki, host) for host in "ab"} if tls else {}
+        )
+        listener = Listener(port)
+        listener.between(rig.primary)
+        try:
+            await rig.up()
+            await rig.checkpoint()
+            await rig.until(lambda: rig.primary.filled, "the next copy")
+            await rig.checkpoint()
+            await rig.until(lambda: rig.svm_ticks() > 3, "the SVM to count where the PVM was")
+            assert len(listener.seen) > 10 * MIB
+            assert (b"Linux version 6.1" in listener.seen) is not tls
         finally:
             await rig.down()
 

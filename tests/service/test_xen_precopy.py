@@ -63,6 +63,7 @@ def test_a_copy_goes_on_until_it_is_wanted(play: Callable[[Test], None]) -> None
             seen = len(rig.events)
             await asyncio.sleep(0.3)
             assert not rig.pvm()["suspended"]
+            assert rig.primary.progress == "0 MiB of the guest's memory have arrived, ahead of the next checkpoint"
             assert rig.events[seen:] == []
             rig.remember(f"memory {number}")
             await rig.checkpoint()

@@ -7,8 +7,9 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from coloebpf.control import PairState
@@ -16,6 +17,7 @@ from coloebpf.errors import DeviceError
 from coloebpf.model import State
 from coloebpf.service.config import Address, LibxlLiveConfig
 from coloebpf.service.engine import Committed, EngineEvent, Ready, Replacing, Suspended
+from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.engines.xen_domains import Domains
 from coloebpf.service.engines.xen_primary import XenPrimary
 from coloebpf.service.engines.xen_secondary import XenSecondary
@@ -68,7 +70,15 @@ class FakePorts:
 class Rig:
     """`steps`: words, events of both engines and what the ports were told, in order."""
 
-    def __init__(self, work_dir: Path, port: int, step_timeout_s: int = 60, precopy: Path | None = None) -> None:
+    def __init__(
+        self,
+        work_dir: Path,
+        port: int,
+        step_timeout_s: int = 60,
+        precopy: Path | None = None,
+        encryption: Mapping[str, Encryption] = MappingProxyType({}),
+    ) -> None:
+        self._encryption = encryption
         self.dirs = {host: work_dir / host for host in "ab"}
         self.xen = {host: FakeXen(path / "xen") for host, path in self.dirs.items()}
         self.configs = {
@@ -93,7 +103,7 @@ class Rig:
 
     def _domains(self, host: str) -> Domains:
         argv = (sys.executable, "-m", "tests.service.fake_xen", str(self.xen[host].home))
-        return Domains("web", self.configs[host], VIFS, self.watchers[host], argv)
+        return Domains("web", self.configs[host], VIFS, self.watchers[host], argv, self._encryption.get(host))
 
     def make_primary(self) -> XenPrimary:
         return XenPrimary(

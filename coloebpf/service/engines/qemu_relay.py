@@ -32,7 +32,6 @@ class Relay:
         self.near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NEAR_BYTES)
         self._far = far
         far.settimeout(None)
-        far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with contextlib.suppress(PermissionError):  # without CAP_NET_ADMIN: what the system lets us have
             far.setsockopt(socket.SOL_SOCKET, 32, FAR_BYTES)  # SO_SNDBUFFORCE
         self.passed = 0  # bytes

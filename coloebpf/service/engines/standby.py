@@ -63,6 +63,7 @@ class Standby:
         loop = asyncio.get_running_loop()
         far = socket.socket(_family(self.host), socket.SOCK_STREAM)
         far.setblocking(False)
+        far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             async with asyncio.timeout(REACH_S):
                 await loop.sock_connect(far, (self.host, self.port))

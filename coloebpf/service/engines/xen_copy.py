@@ -127,10 +127,13 @@ class Copy:
         """How far it is, for people."""
         if self._stream is None:
             return "the copy begins"
-        with contextlib.suppress(OSError):  # it is closed when all is written
-            said = self._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.size)
-            return f"{BYTES_ACKED.unpack(said)[0] // MIB} MiB of the guest's memory have arrived"
-        return "the other host restores the guest's memory"
+        if self._stream.fileno() < 0:  # all is written
+            return "the other host restores the guest's memory"
+        ahead = ", ahead of the next checkpoint" if self.kept else ""
+        if self._stream.family == socket.AF_UNIX:  # to the process that encrypts it
+            return f"the guest's memory is on its way{ahead}"
+        said = self._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.size)
+        return f"{BYTES_ACKED.unpack(said)[0] // MIB} MiB of the guest's memory have arrived{ahead}"
 
     async def whole(self, seconds: float) -> None:
         """Returns when the standby has all of it. Raises EngineError."""
