@@ -11,12 +11,14 @@ from typing import Any
 
 from coloebpf.errors import LabError
 from coloebpf.service.peer import pki
+from tests.xen import limits
 from tests.xen.guests import BRIDGE, Guest
 from tests.xen.lab import Lab
 from tests.xen.plan import DIRECT, FORWARD, HOSTS
 
 CONFIG = "/etc/coloebpf/coloebpf.toml"
 LOG = "/var/log/coloebpf.log"
+LIMITED = "/usr/local/sbin/limited"  # runs what is behind it with the unit's limits
 PORT, COLO_PORT = 7788, 9000
 START_TIMEOUT = 1800.0  # seconds; the compiler took 640 of them on a busy machine, on an emulated CPU
 POLL = 5.0
@@ -74,7 +76,11 @@ bridge = "{BRIDGE}"
 
 def start(lab: Lab, host: int) -> None:
     """Returns when the programs of all pairs are compiled and attached."""
-    lab.run(host, f"setsid coloebpf run </dev/null >{LOG} 2>&1 & echo $! >/run/coloebpf.pid")
+    lab.write(host, LIMITED, limits.script())
+    lab.run(
+        host,
+        f"chmod 755 {LIMITED} && {{ setsid {LIMITED} coloebpf run </dev/null >{LOG} 2>&1 & echo $! >/run/coloebpf.pid; }}",
+    )
     pairs = int(lab.run(host, f"grep -c '^\\[\\[pair\\]\\]' {CONFIG}"))
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
