@@ -1,21 +1,16 @@
-"""What the documentation names is there: commands with their arguments, make's targets, files, keys, maps."""
+"""What the documentation names is there: commands with their arguments, make's targets, files, maps. Blocks: test_docs_blocks.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from coloebpf import pins
 from coloebpf.cli import parser
-from coloebpf.service.config import Config
-from coloebpf.service.config_reader import name_of
 
 TREE = Path(__file__).resolve().parents[2]
 PAGES = [TREE / "README.md", *sorted((TREE / "docs").glob("*.md"))]
@@ -95,29 +90,6 @@ def test_every_target_of_make_is_there(page: Path) -> None:
 def test_every_file_is_there(page: Path) -> None:
     named = {name.rstrip(".") for name in FILE.findall(page.read_text())}
     assert {name for name in named if not (TREE / name).exists() and not list(TREE.glob(name))} == set()
-
-
-def keys_of(cls: Any) -> dict[str, Any]:
-    """A configuration table's keys; of a table its own class."""
-    return {name_of(field): field.metadata.get("table") for field in dataclasses.fields(cls) if field.metadata}
-
-
-def unknown(table: dict[str, Any], cls: Any, at: str = "") -> Iterator[str]:
-    """Keys of `table` that `cls` does not have."""
-    known = keys_of(cls)
-    for key, value in table.items():
-        if key not in known:
-            yield f"{at}{key}"
-        elif known[key] is not None:
-            for one in value if isinstance(value, list) else [value]:
-                yield from unknown(one, known[key], f"{at}{key}.")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_of_configuration_has_keys_that_there_are(page: Path) -> None:
-    for block in blocks(page):
-        if re.match(r"\[\[?\w+", block):
-            assert list(unknown(tomllib.loads(block.replace("...", '"..."')), Config)) == []
 
 
 def test_every_map_and_program_that_bpftool_is_shown_is_pinned() -> None:
