@@ -47,7 +47,7 @@ for device in {" ".join(allowed)}; do
 done
 for place in pts shm; do mkdir "/mnt/$place" && mount --rbind "/dev/$place" "/mnt/$place"; done
 for link in fd stdin stdout stderr; do cp -a "/dev/$link" /mnt; done
-mount --move /mnt /dev
+mount -n --move /mnt /dev
 ulimit -l unlimited
 exec setpriv --no-new-privs --bounding-set=-all,{capabilities} "$@"
 """
