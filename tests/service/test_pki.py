@@ -54,6 +54,36 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert there.read_text() == "precious"
 
 
+def test_a_ca_that_is_there_signs(tmp_path: Path) -> None:
+    """A third host, or a certificate that was moved away because it ends: the others' stay good beside it."""
+    init_pki(tmp_path, ("a", "b"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    made = init_pki(tmp_path, ("c",))
+    assert [path.name for path in made] == ["c.pem", "c.key"]
+    (tmp_path / "b.pem").unlink()
+    (tmp_path / "b.key").unlink()
+    init_pki(tmp_path, ("b",))
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {"b.pem", "b.key"}
+    for host in ("b", "c"):
+        Identity(tmp_path / "ca.pem", tmp_path / f"{host}.pem", tmp_path / f"{host}.key").check(host, time.time())
+
+
+def test_a_ca_that_can_not_sign(tmp_path: Path) -> None:
+    init_pki(tmp_path / "old", ("a",), now=dt.datetime.utcnow() - dt.timedelta(days=3000))
+    with pytest.raises(PkiError, match="before a new certificate would"):
+        init_pki(tmp_path / "old", ("b",))
+    init_pki(tmp_path / "one", ("a",))
+    init_pki(tmp_path / "two", ("a",))
+    (tmp_path / "one/ca.key").write_bytes((tmp_path / "two/ca.key").read_bytes())
+    with pytest.raises(PkiError, match=r"is not the key of ca\.pem"):
+        init_pki(tmp_path / "one", ("b",))
+    assert not list(tmp_path.glob("*/b.*"))
+    (tmp_path / "two/ca.key").unlink()
+    with pytest.raises(PkiError, match=r"has ca\.pem already"):
+        init_pki(tmp_path / "two", ("b",))
+
+
 def test_a_link_in_the_way_is_not_followed_and_what_was_begun_is_taken_back(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     directory = tmp_path / "pki"

@@ -77,7 +77,11 @@ def _config_commands(config: Any) -> None:
     xl.add_argument("guest", type=Path, metavar="GUEST.cfg", help="as xl.cfg(5) has it")
     _add_config(xl)
     pki = _add(
-        config, "init-pki", _config_init_pki, "make a CA, and a certificate and key for each host", area="config "
+        config,
+        "init-pki",
+        _config_init_pki,
+        "make a CA, or take the one that is there, and a certificate and key for each host",
+        area="config ",
     )
     pki.add_argument("hosts", nargs="+", metavar="HOST", help="[host] name of each host")
     pki.add_argument("--directory", type=Path, default=PKI, help="where they go (default: %(default)s)")

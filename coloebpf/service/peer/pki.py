@@ -39,9 +39,10 @@ NO_SECRET, SECRET = 0o644, 0o600  # file modes
 def init_pki(
     directory: Path, hosts: Sequence[str], days: int = HOST_DAYS, now: dt.datetime | None = None
 ) -> list[Path]:
-    """Makes ca.pem, ca.key, and <host>.pem, <host>.key of each host in `directory`; returns their paths.
+    """Makes ca.pem, ca.key, and <host>.pem, <host>.key of each host in `directory`; returns the paths of what it made.
 
-    All or nothing. Raises PkiError if a name can't be a certificate's, or any of the files exists already.
+    A CA that is there already signs, and no other is made. All or nothing. Raises PkiError if a name can't be a
+    certificate's, a host's file exists already, or the CA there is of no use.
     """
     for host in hosts:
         check_name(host)
@@ -50,9 +51,13 @@ def init_pki(
     if not 1 <= days <= CA_DAYS:
         raise PkiError(f"{days} days: a certificate lasts between 1 and {CA_DAYS} days")
     now = now or dt.datetime.utcnow()
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    ca = _certificate("coloebpf CA", None, ca_key, None, ca_key, now, CA_DAYS)
-    files = {directory / "ca.pem": _pem(ca), directory / "ca.key": _key_pem(ca_key)}
+    files: dict[Path, tuple[bytes, int]] = {}
+    if (directory / "ca.pem").exists() and (directory / "ca.key").exists():
+        ca, ca_key = _authority(directory, now, days)
+    else:
+        ca_key = ec.generate_private_key(ec.SECP256R1())
+        ca = _certificate("coloebpf CA", None, ca_key, None, ca_key, now, CA_DAYS)
+        files = {directory / "ca.pem": _pem(ca), directory / "ca.key": _key_pem(ca_key)}
     for host in hosts:
         key = ec.generate_private_key(ec.SECP256R1())
         files[directory / f"{host}.pem"] = _pem(_certificate(host, host, key, ca, ca_key, now, days))
@@ -62,6 +67,21 @@ def init_pki(
         raise PkiError(f"{directory} has {', '.join(there)} already: nothing was overwritten; choose another directory")
     _write(directory, files)
     return list(files)
+
+
+def _authority(directory: Path, now: dt.datetime, days: int) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """The CA that is there."""
+    ca, key = _read_certificate(directory / "ca.pem"), _read_key(directory / "ca.key")
+    if _public(key.public_key()) != _public(ca.public_key()):
+        raise PkiError(
+            f"{directory}/ca.key is not the key of ca.pem beside it: put back the pair that belongs together"
+        )
+    if ca.not_valid_after < now + dt.timedelta(days=days):
+        raise PkiError(
+            f"the CA in {directory} ends on {ca.not_valid_after:%Y-%m-%d}, before a new certificate would: "
+            "make another one in another directory, with certificates for both hosts"
+        )
+    return ca, key
 
 
 def check_name(host: str) -> None:
