@@ -109,6 +109,7 @@ CHECKS: dict[str, Callable[[list[str]], bool]] = {
     "deploy/xen/rebuild.sh": a_script,
     ".venv/bin/python": of_tests_xen,
     "promtool": run_here,
+    "mv": lambda words: len(words) > 2,
     "cp": lambda words: (TREE / words[1]).exists(),
     "jq": a_filter,
     "grep": lambda words: bool(re.compile(words[-1])),
