@@ -34,6 +34,7 @@ async def apply(service: Service, new: Config) -> None:
     for pair in (*change.removed, *(one.old for one in anew)):
         _check_idle(service, pair, anew)
     begun = [*change.added, *(one.new for one in anew)]
+    _check_arbiters(service.config, begun)
     if begun or change.removed:
         service.hooks.check_loaded()
     service.renew_certificates()
@@ -72,6 +73,16 @@ def _check_idle(service: Service, pair: PairConfig, anew: list[PairChange]) -> N
     keys = next((", ".join(one.keys) for one in anew if one.old is pair), "")
     what = f"{keys} can't be changed" if keys else "it can't be removed"
     raise ServiceError(f"pair {pair.name} is {state.name.lower()}, so {what}: coloebpf unprotect {pair.name} first")
+
+
+def _check_arbiters(old: Config, begun: list[PairConfig]) -> None:
+    """A reload takes no arbiters: a pair that names one which was not there at the start could not begin."""
+    for pair in begun:
+        if getattr(old.arbiter, pair.arbiter, old) is None:
+            raise ServiceError(
+                f"pair {pair.name} names [arbiter.{pair.arbiter}], which is new, and a reload takes no arbiters: "
+                "systemctl restart coloebpf"
+            )
 
 
 def _kept(old: Config, new: Config, change: Reload) -> Config:

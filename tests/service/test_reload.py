@@ -152,6 +152,16 @@ def test_nothing_is_ended_before_the_dataplane_is_loaded(service: Running) -> No
     assert service.names == ["web", "mail"]
 
 
+def test_an_arbiter_that_is_new_wants_a_restart(service: Running) -> None:
+    """Nothing is taken off for it."""
+    service.config = replace(service.config, arbiter=replace(service.config.arbiter, command=None))
+    web, news = config(NEWS).pairs
+    with pytest.raises(ServiceError, match=r"pair news names \[arbiter\.command\], which is new.*restart coloebpf"):
+        reload(service, replace(config(NEWS), pairs=(web, replace(news, arbiter="command"))))
+    assert service.names == ["web", "mail"]
+    assert service.hooks.attached == {"web", "mail"}
+
+
 @pytest.mark.parametrize(
     ("broken", "error", "says"),
     [
