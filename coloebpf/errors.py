@@ -41,6 +41,10 @@ class XenError(EngineError):
     """libxl can't be had here, or can't do what was asked of it."""
 
 
+class DiskError(EngineError):
+    """A guest's disk is not as it has to be, so the guest can't be protected."""
+
+
 class ServiceError(ColoError):
     """The service can't do what was asked, or does not answer."""
 

@@ -10,7 +10,7 @@ host_packages=(python3-bpfcc python3-cryptography linux-headers-amd64 bpftool ip
 # What its lab needs on top of it.
 lab_packages=(redis-server redis-tools qemu-system-x86 busybox-static cpio dropbear-bin)
 # What the tests and benchmarks drive on top of it.
-test_packages=(qemu-system-common gcc libc6-dev nginx-light curl iperf3 nftables tcpdump
+test_packages=(qemu-system-common qemu-utils gcc libc6-dev nginx-light curl iperf3 nftables tcpdump
                prometheus etcd-server systemd jq)
 # What builds the Debian package, and what its tests make a clean root file system with.
 package_packages=(debhelper dh-python python3-venv python3-pip lintian mmdebstrap)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from coloebpf.service.disks import ROOM
 from coloebpf.service.status import PERIODIC_MODE, PairStatus, Status
+from coloebpf.units import amount
 
 RENEW_DAYS = 30  # before its end a certificate is worth a warning; so has the alert ColoebpfCertificateEnds
 DAY_S = 86_400
@@ -32,6 +34,11 @@ def _of_pair(pair: PairStatus) -> Iterator[str]:
         yield f"{name}: engine {pair.engine} can't be asked for checkpoints."
     if pair.mode == PERIODIC_MODE:
         yield f"{name} is in periodic mode: {pair.mode_reason or 'its guests differ too often'}."
+    if (disk := pair.disk) is not None:
+        if disk.free < disk.size * ROOM:
+            yield f"{name}: only {amount(disk.free)} are left for the overlays of {disk.image}: a full disk ends it."
+        if disk.uncommitted:
+            yield f"{name}: {disk.image} is not whole without its overlays: `coloebpf disks which {pair.name}`."
     if pair.arbiter == "none":
         yield (
             f"{name} has no arbiter: its secondary never takes over by itself, and its primary lets everything pass "

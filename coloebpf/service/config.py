@@ -12,6 +12,7 @@ from coloebpf.service import config_checks
 from coloebpf.service import config_keys as keys
 from coloebpf.service.config_engines import (
     LibxlColoConfig,
+    LibxlDisk,
     LibxlLiveConfig,
     LibxlRemusConfig,
     ModelConfig,
@@ -24,8 +25,8 @@ from coloebpf.service.peer.witness import GRACE_MAX_MS
 
 __all__ = [
     "Address", "ArbiterConfig", "CommandConfig", "Config", "ConfigErrors", "EtcdConfig", "Exemption", "HostConfig",
-    "LibxlColoConfig", "LibxlLiveConfig", "LibxlRemusConfig", "Mistake", "ModelConfig", "NicConfig", "PairConfig",
-    "PeerConfig", "QemuConfig", "QemuDisk", "load", "parse",
+    "LibxlColoConfig", "LibxlDisk", "LibxlLiveConfig", "LibxlRemusConfig", "Mistake", "ModelConfig", "NicConfig",
+    "PairConfig", "PeerConfig", "QemuConfig", "QemuDisk", "load", "parse",
 ]  # fmt: skip
 
 MAX_VLAN = 4094  # IEEE 802.1Q: 4,095 is reserved

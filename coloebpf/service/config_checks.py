@@ -68,6 +68,9 @@ def _listening(config: Config, pairs: Pairs) -> Iterator[tuple[str, Address]]:
             yield f"{at}.libxl_colo.listen", pair.libxl_colo.listen
             if pair.libxl_colo.stream_listen:
                 yield f"{at}.libxl_colo.stream_listen", pair.libxl_colo.stream_listen
+            for i, disk in enumerate(pair.libxl_colo.disks):
+                if disk:
+                    yield f"{at}.libxl_colo.disk[{i}].listen", disk.listen
         if pair.engine == "libxl-remus" and pair.libxl_remus:
             yield f"{at}.libxl_remus.stream_listen", pair.libxl_remus.stream_listen
         if pair.engine == "libxl-live" and pair.libxl_live:
@@ -137,6 +140,16 @@ def _engine(reader: Reader, at: str, pair: PairConfig) -> None:
     if not listen.loopback or ":" in listen.host:
         why = "must be an IPv4 address of loopback: libxl knows no other, and nothing protects the connection"
         reader.wrong(f"{at}.libxl_colo.listen", f"is {listen}", why)
+    disks = pair.libxl_colo.disks
+    if len(disks) > 1:
+        why = "must be one: libxl's check of a second one reads a dangling pointer"
+        reader.wrong(f"{at}.libxl_colo.disk", f"are {len(disks)}", why)
+    if disks and not pair.relayed:
+        _missing(reader, f"{at}.libxl_colo.stream_listen", "a disk needs it: libxl alone does not hand it over whole")
+    for i, disk in enumerate(disks):
+        if disk and disk.listen == disk.peer_listen:
+            key = f"{at}.libxl_colo.disk[{i}]"
+            reader.wrong(f"{key}.peer_listen", f"is {disk.peer_listen}, as {key}.listen is", "the other host's address")
 
 
 def _xen(reader: Reader, at: str, pair: PairConfig, name: str, config: XenGuestConfig | None, standby: bool) -> None:

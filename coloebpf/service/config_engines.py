@@ -24,6 +24,28 @@ class XenGuestConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LibxlDisk:
+    """[[pair.libxl_colo.disk]]: the guest's disk; the same on both hosts, but for the addresses (docs/xen-disks.md)."""
+
+    image: Path = setting(keys.FILE, "a file or block device; what is in it too", shown="/var/lib/xen/images/web.img")
+    format: str = setting(keys.choice("raw", "qcow2"), "of the image", "raw")
+    vdev: str = setting(keys.choice("hda", "hdb", "hdc", "hdd"), "what the guest knows it as", "hda")
+    directory: Path = setting(
+        keys.FILE, "where the secondary keeps what differs from its image", shown="/var/lib/coloebpf/web"
+    )
+    export: str = setting(keys.ID, "what the two QEMUs call it", "disk")
+    listen: Address = setting(
+        keys.ADDRESS,
+        "where this host takes what the guest writes; neither encrypted nor protected: a direct link",
+        shown="10.9.9.1:7793",
+    )
+    peer_listen: Address = setting(keys.ADDRESS, "the other host's listen", shown="10.9.9.2:7793")
+    compare_image: bool = setting(
+        keys.SWITCH, "whether both images are read whole and compared before each protection", True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LibxlColoConfig(XenGuestConfig):
     """[pair.libxl_colo]: for engine = "libxl-colo", guests of a Xen whose tools were rebuilt with COLO."""
 
@@ -35,6 +57,7 @@ class LibxlColoConfig(XenGuestConfig):
         "where this host takes the guest in, as 10.9.9.1:7792; encrypted if encrypt_copies of [peer] says so",
         None,
     )
+    disks: tuple[LibxlDisk, ...] = table(LibxlDisk, "disk", "its disk: one, or none", (), many=True, off=True)
 
 
 @dataclass(frozen=True, kw_only=True)

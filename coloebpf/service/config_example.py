@@ -47,6 +47,6 @@ def _table(cls: Any, at: str, head: str) -> Iterator[str]:
     for field in fields:
         if "table" in field.metadata:
             key = f"{at}{name_of(field)}"
-            yield from _table(
-                field.metadata["table"], f"{key}.", f"[[{key}]]" if field.metadata["many"] else f"[{key}]"
-            )
+            head = f"[[{key}]]" if field.metadata["many"] else f"[{key}]"
+            for line in _table(field.metadata["table"], f"{key}.", head):
+                yield f"#{line}" if field.metadata["off"] and line and not line.startswith("#") else line

@@ -18,6 +18,8 @@ HOUR_MS = 3_600_000
 MULTICAST_BIT = 1  # of a MAC address's first byte
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
+_FILE = re.compile(r"/[^\s,:'\"]+")
 _DEVICE = re.compile(rf"[^\s/:]{{1,{IFNAMSIZ}}}")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 
@@ -62,9 +64,14 @@ def setting(kind: Kind, doc: str, default: Any = MISSING, shown: Any = MISSING, 
     return dataclasses.field(default=default, metadata={"kind": kind, "doc": doc, "shown": shown, "live": live})
 
 
-def table(cls: type, name: str, doc: str, default: Any = MISSING, *, many: bool = False, live: bool = False) -> Any:
-    """A field that is a table `[name]`, or with `many` a row of `[[name]]`; without `default` it is always there."""
-    metadata = {"table": cls, "name": name, "doc": doc, "many": many, "live": live}
+def table(
+    cls: type, name: str, doc: str, default: Any = MISSING, *, many: bool = False, live: bool = False, off: bool = False
+) -> Any:
+    """A field that is a table `[name]`, or with `many` a row of `[[name]]`; without `default` it is always there.
+
+    `off`: the example has it behind #, since it does not go with the rest of the example.
+    """
+    metadata = {"table": cls, "name": name, "doc": doc, "many": many, "live": live, "off": off}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -203,12 +210,17 @@ def _url(value: str) -> str:
 
 
 NAME = Kind("letters, digits, '-', '_' and '.', at most 63, a letter or digit first", _matching(_NAME))
+ID = Kind("letters, digits, '-', '_' and '.', at most 63, a letter first", _matching(_ID))
 DEVICE = Kind(
     f"the name of a network device, 1 to {IFNAMSIZ} characters without spaces, '/' and ':'", _matching(_DEVICE)
 )
 ADDRESS = Kind('an IP address and a port, such as "192.0.2.1:7788" or "[2001:db8::1]:7788"', _address)
 SOCKET = Kind(f'an absolute path of at most {SUN_PATH} bytes, such as "/run/coloebpf/control.sock"', _socket)
 PATH = Kind('an absolute path, such as "/etc/coloebpf/pki/ca.pem"', _path)
+FILE = Kind(
+    "an absolute path without spaces, commas, colons and quotes, which xl and QEMU take for something else",
+    lambda value: Path(_matching(_FILE)(value)),
+)
 MAC = Kind('the MAC address of one NIC, such as "02:c0:10:00:00:01"', _mac)
 SWITCH = Kind("true or false", _switch)
 PREFIX = Kind('an address prefix without host bits, such as "10.0.0.0/8" or "fd00::/8"', _prefix)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coloebpf.errors import ColoError
-from coloebpf.service.checks import guest, link, live, machine, network, qemu
+from coloebpf.service.checks import disks, guest, link, live, machine, network, qemu
 from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
 from coloebpf.service.config import Config, load
 from coloebpf.service.config_reader import ConfigErrors
@@ -42,6 +42,7 @@ CONFIGURED: tuple[tuple[str, Check], ...] = (
     ("xen", guest.toolstack),
     ("guest", guest.configuration),
     ("libxl", live.engine),
+    ("disks", disks.replicated),
     ("qemu", qemu.engine),
     ("certificates", link.certificates),
     ("peer", link.peer),

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from coloebpf.service.disks import Usage
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -112,6 +114,14 @@ class Showing(Protocol):
     @property
     def progress(self) -> str:
         """How far the one under way is; "" if none is."""
+
+
+@runtime_checkable
+class Storing(Protocol):
+    """An engine whose guest may have a replicated disk."""
+
+    def disk_usage(self) -> Usage | None:
+        """How it is with it on this host; None: there is none."""
 
 
 Say = Callable[[str, int, str], object]  # a word, a number, more words: to the other host's engine, if there is a link

@@ -43,6 +43,7 @@ def families(status: Status, snapshot: metrics_dataplane.Snapshot | None) -> Ite
     yield gauge("warnings", "Warnings in `coloebpf status`", [((), len(status.warnings))])
     yield from _pairs(status)
     yield from _checkpoints(status.pairs)
+    yield from _disks(status.pairs)
     yield from _other_host(status)
     if snapshot is not None:
         yield from metrics_dataplane.of_nics(status.pairs, snapshot)
@@ -126,6 +127,33 @@ def _checkpoints(pairs: Sequence[PairStatus]) -> Iterator[Metric]:
         edges = [*map(str, DURATION_EDGES_S), "+Inf"]
         took.add_metric((p.name,), list(zip(edges, accumulate(p.durations.counts), strict=True)), p.durations.sum_s)
     yield took
+
+
+def _disks(pairs: Sequence[PairStatus]) -> Iterator[Metric]:
+    disks = [(p.name, p.disk) for p in pairs if p.disk is not None]
+    if not disks:
+        return
+    yield gauge(
+        "disk_overlay_bytes",
+        "Size of an overlay of the secondary's disk: what was written since the last checkpoint",
+        [row for name, d in disks for row in (((name, "active"), d.active), ((name, "hidden"), d.hidden))],
+        ("pair", "overlay"),
+    )
+    yield gauge(
+        "disk_free_bytes", "What the file system has left for overlays", [((n,), d.free) for n, d in disks], ("pair",)
+    )
+    yield gauge(
+        "disk_uncommitted",
+        "1 if this host has taken over and its image is not whole without its overlays",
+        [((n,), d.uncommitted) for n, d in disks],
+        ("pair",),
+    )
+    yield counter(
+        "disk_errors",
+        "Checkpoints that failed because a write had not reached the secondary's disk",
+        [((n,), d.errors) for n, d in disks],
+        ("pair",),
+    )
 
 
 def _other_host(status: Status) -> Iterator[Metric]:

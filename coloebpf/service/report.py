@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from coloebpf import __version__
 from coloebpf.model import State
 from coloebpf.service.concerns import concerns
-from coloebpf.service.engine import Showing
+from coloebpf.service.engine import Showing, Storing
 from coloebpf.service.pair import Supervisor
 from coloebpf.service.primary import Primary
 from coloebpf.service.status import (
@@ -80,6 +80,8 @@ class Reporter:
         status.engine_ready, status.findings = pair.engine_ready, dict(self.world.findings(pair.number))
         if isinstance(pair.engine, Showing):
             status.engine_progress = pair.engine.progress
+        if isinstance(pair.engine, Storing):
+            status.disk = pair.engine.disk_usage()
         deadline_ns = self.world.control.deadline(pair.number)  # what the programs go by
         if deadline_ns:
             status.arbiter_deadline_in_ms = _ms(deadline_ns - now)

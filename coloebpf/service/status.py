@@ -15,6 +15,7 @@ from typing import Any
 from coloebpf.model import Policy
 from coloebpf.service.config import PairConfig
 from coloebpf.service.config_keys import PROTOCOLS
+from coloebpf.service.disks import Usage
 from coloebpf.service.rules import TRIGGERS as TRIGGERS  # what may ask for a checkpoint
 
 LOCKSTEP_MODE, PERIODIC_MODE = "lockstep", "periodic"
@@ -158,6 +159,7 @@ class PairStatus:
     findings: dict[str, int] = field(default_factory=dict)  # FINDINGS -> how many
     uncompared: list[Uncompared] = field(default_factory=list)
     nics: list[NicStatus] = field(default_factory=list)
+    disk: Usage | None = None  # of a guest whose disk is replicated
 
     @classmethod
     def of(cls, pair: PairConfig) -> PairStatus:

@@ -28,18 +28,21 @@ class Wrong:
 
 
 def unfit(
-    config: str, bridges: Sequence[Sequence[str]], emulated: bool = True, colo_disks: bool = False
+    config: str,
+    bridges: Sequence[Sequence[str]],
+    emulated: bool = True,
+    disk: Mapping[str, object] | None = None,
 ) -> list[Wrong]:
     """Why this guest can't be protected. `bridges`: for each NIC the ports (ports.py) that it may be behind.
 
     `emulated` False: there is no second guest that must send the same, so it may have PV drivers.
-    `colo_disks`: libxl replicates them.
+    `disk`: the one that libxl has to replicate, key by key; there may be no other. None: it may write to none.
     """
     try:
         whole = json.loads(config)
         machine = _machine(whole) if emulated else ()
         nics = _nics(whole.get("nics", []), bridges, emulated)
-        return [*machine, *nics, *_disks(whole.get("disks", []), colo_disks)]
+        return [*machine, *nics, *_disks(whole.get("disks", []), disk)]
     except (ValueError, AttributeError, TypeError, KeyError) as e:
         raise XenError(f"libxl's description of the guest can't be read: {e!r}") from e
 
@@ -74,9 +77,18 @@ def _nics(nics: Sequence[Mapping[str, Any]], bridges: Sequence[Sequence[str]], e
             yield Wrong(f"vif {number} is behind {place}, not behind {' or '.join(ports)}", f"bridge={ports[0]}")
 
 
-def _disks(disks: Sequence[Mapping[str, Any]], colo_disks: bool) -> Iterator[Wrong]:
+def _disks(disks: Sequence[Mapping[str, Any]], replicated: Mapping[str, object] | None) -> Iterator[Wrong]:
+    if replicated is not None:
+        if len(disks) != 1:
+            yield Wrong(f"the guest has {len(disks)} disks, the pair one", "`coloebpf config xl` has its line")
+            return
+        for key, value in replicated.items():
+            if disks[0].get(key) != value:
+                text = f"{key} of the guest's disk is {disks[0].get(key)}, not {value}"
+                yield Wrong(text, "`coloebpf config xl` has its line")
+        return
     for disk in disks:
-        if disk.get("readwrite") and not (colo_disks and disk.get("colo_enable") == "True"):
+        if disk.get("readwrite"):
             yield Wrong(
                 f"the guest can write its disk {disk.get('vdev')}, which nobody replicates",
                 "make it read-only (access=ro), or keep the guest's data in its memory",

@@ -33,16 +33,20 @@ def options(row: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Needs:
-    """What depends on the engine. `emulated`: two guests have to send the same; `colo_disks`: libxl replicates them."""
+    """What depends on the engine. `emulated`: two guests have to send the same.
+
+    `replicates`: libxl could replicate one disk; `disk`: the line of the one that the pair has, "" if it has none.
+    """
 
     emulated: bool = True
-    colo_disks: bool = False
+    replicates: bool = False
+    disk: str = ""
 
 
 def changes(found: Mapping[str, Any], ports: Sequence[str], macs: Sequence[str], needs: Needs = Needs()) -> list[Wrong]:
     """`ports`, `macs`: of the pair's NICs, in their order; a MAC may be ""."""
     machine = _machine(found) if needs.emulated else ()
-    disks = _colo_disks(found) if needs.colo_disks else _disks(found)
+    disks = _colo_disks(found, needs.disk) if needs.replicates else _disks(found)
     return [*machine, *_vifs(found, ports, macs, needs.emulated), *disks]
 
 
@@ -90,12 +94,16 @@ def _disks(found: Mapping[str, Any]) -> Iterator[Wrong]:
             )
 
 
-def _colo_disks(found: Mapping[str, Any]) -> Iterator[Wrong]:
-    rows = [options(row) for row in found.get("disk", [])]
-    for number, row in enumerate(rows):
-        if "cdrom" in row or row.get("devtype") == "cdrom":
-            yield Wrong(f"disk {number} is a CD-ROM, which libxl's COLO refuses", "take its line out")
-        elif row.get("backendtype") != "qdisk" or "colo" not in row:
-            yield Wrong(f"disk {number} is not replicated", "`coloebpf disks` makes its line")
-    if len(rows) > 1:
-        yield Wrong(f"it has {len(rows)} disks; libxl's check of a second one reads a dangling pointer", "use one")
+def _colo_disks(found: Mapping[str, Any], line: str) -> Iterator[Wrong]:
+    rows = found.get("disk", [])
+    if not line:
+        if rows:
+            yield Wrong(
+                f"it has {len(rows)} disks and the pair none: with COLO each disk has to be one that is replicated",
+                "a [[pair.libxl_colo.disk]] in the pair's file, or no disk = [...]",
+            )
+        return
+    if [options(row) for row in rows] != [options(line)]:
+        yield Wrong("its disk is not that of the pair's file, and no other may be beside it", f"disk = [ '{line}' ]")
+    if str(found.get("hdtype", "ide")) != "ide":
+        yield Wrong("behind an AHCI controller libxl replicates no disk, and does not say so", 'hdtype = "ide"')

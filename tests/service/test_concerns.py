@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 
 from coloebpf.service.concerns import concerns
+from coloebpf.service.disks import Usage
 from coloebpf.service.status import CertificateStatus, PairStatus, PathStatus, PeerStatus, Status
 
 NOW = 1_700_000_000.0
@@ -44,6 +46,10 @@ def pair(**changes: object) -> Callable[[Status], None]:
     return change
 
 
+DISK = Usage(image="/i/web.img", active=1 << 20, hidden=0, free=1 << 30, size=1000 << 20, errors=0, follows=True,
+             uncommitted=False, good=False)  # fmt: skip
+
+
 def of(part: str, **changes: object) -> Callable[[Status], None]:
     def change(status: Status) -> None:
         found = getattr(status, part)
@@ -78,6 +84,11 @@ def test_a_host_without_anything_has_none() -> None:
         (pair(engine_ready=False), "Pair web: engine model can't be asked for checkpoints."),
         (pair(mode="periodic", mode_reason="20 requests in 2 s"), "Pair web is in periodic mode: 20 requests in 2 s."),
         (pair(arbiter="none"), "Pair web has no arbiter: its secondary never takes over by itself"),
+        (
+            pair(disk=dataclasses.replace(DISK, free=99 << 20)),
+            "Pair web: only 99.0 MiB are left for the overlays of /i/web.img",
+        ),
+        (pair(disk=dataclasses.replace(DISK, uncommitted=True)), "Pair web: /i/web.img is not whole without its"),
         (of("peer", connected=False), "There is no link to b"),
         (of("peer", connected=False, patience_ms=3210.0), "The service of b restarts: for 3.2 s more"),
         (of("paths", alive=False), "No heartbeat comes on fwd0: if the other paths are lost too, the arbiter decides."),
@@ -91,6 +102,12 @@ def test_a_concern(change: Callable[[Status], None], sentence: str) -> None:
     (found,) = concerns(status)
     assert found.startswith(sentence)
     assert found.endswith(".")
+
+
+def test_a_disk_with_room() -> None:
+    status = good()
+    pair(disk=DISK)(status)
+    assert concerns(status) == []
 
 
 def test_an_engine_that_is_not_asked_need_not_be_ready() -> None:

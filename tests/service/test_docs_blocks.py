@@ -38,6 +38,7 @@ DRAWN = (
     ("operations.md", "tc:\n"),
     ("operations.md", "INFO coloebpf.pair: checkpoint"),
     ("qemu.md", "SVM of checkpoint n:"),
+    ("xen-disks.md", "PVM -- quorum -- image                 SVM -- replication"),
     ("xen.md", "bridge -- web0 (hooks)"),
 )
 

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from coloebpf.errors import BpfError, ServiceError
 from coloebpf.model import DROPS, REASONS, State
 from coloebpf.service import metrics, metrics_dataplane, metrics_server
+from coloebpf.service.disks import Usage
 from coloebpf.service.metrics_server import MetricsServer, Page
 from coloebpf.service.status import Status
 from tests.service import samples
@@ -205,6 +206,19 @@ def test_a_dataplane_that_cannot_be_read_leaves_what_the_service_knows() -> None
 def test_a_host_without_peer_and_pairs_has_a_page() -> None:
     found = scraped(Status(host="a", version="1", time=1.0), samples.snapshot())
     assert value(found, "mirrored_packets_total", pair="3", nic="5") == NIC["mirrored_packets"]
+
+
+def test_a_replicated_disk() -> None:
+    status = samples.status()
+    assert not any("disk" in name for name, _ in scraped(status, None))
+    status.pairs[0].disk = Usage(image="/i/web.img", active=5, hidden=6, free=7, size=8, errors=2, follows=True, uncommitted=True,
+                                  good=True)  # fmt: skip
+    found = scraped(status, None)
+    assert value(found, "disk_overlay_bytes", pair="web", overlay="active") == 5
+    assert value(found, "disk_overlay_bytes", pair="web", overlay="hidden") == 6
+    assert value(found, "disk_free_bytes", pair="web") == 7
+    assert value(found, "disk_errors_total", pair="web") == 2
+    assert value(found, "disk_uncommitted", pair="web") == 1
 
 
 # ---- the server --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from coloebpf.service.engine import (
     SecondaryGone,
     Suspended,
 )
+from tests.service.xen_rig import SOON_S
 from tests.service.xl_rig import Rig
 
 Test = Callable[[Rig], Awaitable[None]]
@@ -542,5 +543,39 @@ def test_xl_ends_before_the_svm_runs(play: Play) -> None:
         await rig.until(lambda: "hold tapA" in rig.steps, "frames to be kept")
         rig.kill("b", "migrate-receive")
         await rig.until(lambda: "release tapA" in rig.steps, "it to end")
+
+    play(test)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["ended", "ended and begun again"])
+def test_a_protection_that_ends_while_it_is_asked_what_became_of_the_guest(play: Play, again: bool) -> None:
+    """xl has died, and libxl takes its time to say that the guest lives: what it says is about nothing any more."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        asked, answer = asyncio.Event(), asyncio.Event()
+        lives = rig.primary.pvm.lives
+
+        async def slowly() -> bool:
+            asked.set()
+            await answer.wait()
+            return await lives()
+
+        rig.primary.pvm.lives = slowly  # type: ignore[method-assign]
+        rig.deaf = {"a", "b"}
+        rig.kill("a", "remus")
+        async with asyncio.timeout(SOON_S):
+            await asked.wait()
+        seen = len(rig.events)
+        rig.set_state(State.UNPROTECTED)
+        await rig.until(lambda: ("a", Ready()) in rig.events[seen:], "Ready")
+        if again:
+            rig.deaf = set()
+            await rig.until(lambda: not rig.xen["b"].domains(), "the SVM's end")
+            rig.set_state(State.SYNCING)
+            await rig.checkpoint("two")
+        answer.set()
+        await asyncio.sleep(0.5)
+        assert not [event for host, event in rig.events[seen:] if host == "a" and isinstance(event, SecondaryGone)]
 
     play(test)

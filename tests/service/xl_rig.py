@@ -15,6 +15,7 @@ from typing import Any
 
 from coloebpf.model import State
 from coloebpf.service.config import Address
+from coloebpf.service.disks import ColoDisk
 from coloebpf.service.engine import Committed, EngineEvent, Overwriting, Ready, Suspended
 from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.engines.xen_stream import Stream
@@ -39,9 +40,12 @@ class Rig:
         colo: bool = True,
         state: State = State.SYNCING,
         encryption: Mapping[str, Encryption | None] = MappingProxyType({}),
+        disks: Mapping[str, ColoDisk] = MappingProxyType({}),
     ) -> None:
         self.xen = {host: FakeXen(work_dir / host / "xen") for host in "ab"}
-        self.streams = {host: self._stream(work_dir / host, colo, encryption.get(host)) for host in "ab"}
+        self.streams = {
+            host: self._stream(work_dir / host, colo, encryption.get(host), disks.get(host)) for host in "ab"
+        }
         self.watchers = {host: Watcher(work_dir / host / "xenstored", net_s=HOUR_S) for host in "ab"}
         self.state = {"a": state, "b": state}
         self.steps: list[str] = []
@@ -49,11 +53,12 @@ class Rig:
         self.on_step: Callable[[str], None] = lambda step: None
         self.deaf: set[str] = set()  # hosts that hear nothing
         self.lacks = dict.fromkeys("ab", "")
-        self.domid = self.xen["a"].create(guest(), "0")
+        config = guest() | ({"disks": [{"readwrite": 1} | disks["a"].in_libxl()]} if disks else {})
+        self.domid = self.xen["a"].create(config, "0", paused=bool(disks))
         self.primary = self.make_primary()
         self.secondary = self.make_secondary()
 
-    def _stream(self, home: Path, colo: bool, encryption: Encryption | None) -> Stream:
+    def _stream(self, home: Path, colo: bool, encryption: Encryption | None, disk: ColoDisk | None) -> Stream:
         words = f"exec {sys.executable} -m tests.service.fake_xl {home}/xen"
         for name, first in (("xl", ""), ("store", "xenstore-write ")):
             (home / name).write_text(f'#!/bin/sh\n{words} {first}"$@"\n')
@@ -61,7 +66,7 @@ class Rig:
         return Stream(
             "web", colo, "web", Address("127.0.0.1", _free_port()), Address("127.0.0.1", _free_port()) if colo else None,
             100, 60, 30, home / "run", encryption, str(home / "xl"), str(home / "store"),
-            (sys.executable, "-m", "tests.service.fake_xen", f"{home}/xen"),
+            (sys.executable, "-m", "tests.service.fake_xen", f"{home}/xen"), disk, home,
         )  # fmt: skip
 
     def make_primary(self) -> XlPrimary:

@@ -16,6 +16,7 @@ from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
 from coloebpf.service.checks.guest import LIBRARIES
 from coloebpf.service.checks.qemu import free_address
 from coloebpf.service.config import PairConfig
+from coloebpf.service.disks import ColoDisk
 from coloebpf.xen import hold, xlcfg
 from coloebpf.xen.guest import SCRIPT, Wrong, port_of
 from coloebpf.xen.libxl import VERSIONS
@@ -169,5 +170,7 @@ def wrong_in(path: Path, pair: PairConfig) -> list[Wrong]:
     except OSError as e:
         raise ConfigError(f"{path} can't be read: {e.strerror}") from e
     ports = [port_of(nic.vif) for nic in pair.nics]
-    needs = xlcfg.Needs(emulated=pair.engine != "libxl-remus", colo_disks=pair.engine == "libxl-colo")
+    disk = ColoDisk.of(pair)
+    line = disk.line() if disk is not None else ""
+    needs = xlcfg.Needs(emulated=pair.engine != "libxl-remus", replicates=pair.engine == "libxl-colo", disk=line)
     return xlcfg.changes(xlcfg.settings(text), ports, [nic.mac for nic in pair.nics], needs)

@@ -23,6 +23,13 @@ ORDERS = (
     ("unprotect", "end the protection of a pair; its guest goes on, uncompared"),
 )
 
+DISKS = (
+    ("prepare", "make fresh overlays on the secondary; the service does it too, before each protection"),
+    ("sum", "print the SHA-256 of this host's image"),
+    ("compare", "compare this host's image with the other's, by its sum"),
+    ("which", "name the one good image, after a failover; exit code 2: nobody can tell from here"),
+)
+
 
 def add(areas: Any) -> None:
     """Adds the commands to the command line's areas."""
@@ -64,8 +71,23 @@ def add(areas: Any) -> None:
     _add_config(doctor)
     _add_json(doctor)
 
+    disks = areas.add_parser("disks", help="a guest's replicated disk (engine libxl-colo): its files on this host")
+    _disks_commands(disks.add_subparsers(metavar="COMMAND", required=True))
+
     config = areas.add_parser("config", help="check a configuration, print an example, make certificates")
     _config_commands(config.add_subparsers(metavar="COMMAND", required=True))
+
+
+def _disks_commands(disks: Any) -> None:
+    for name, text in DISKS:
+        command = _add(disks, name, _disks, text, area="disks ")
+        command.add_argument("pair", metavar="PAIR", help="its name in the configuration")
+        if name == "compare":
+            command.add_argument("--with", dest="other", metavar="SUM", help="what `sum` says on the other host")
+        if name == "which":
+            _add_socket(command)
+        _add_config(command)
+        _add_json(command)
 
 
 def _config_commands(config: Any) -> None:
@@ -216,6 +238,24 @@ def _config_xl(args: argparse.Namespace) -> int:
     found = xl_text.changes(args.guest, config.load(args.config))
     print(found.text)
     return found.code
+
+
+def _disks(args: argparse.Namespace) -> int:
+    from coloebpf.service import config
+    from coloebpf.service.commands import disks
+
+    disk = disks.disk_of(config.load(args.config), args.pair)
+    match args.title.rpartition(" ")[2]:
+        case "prepare":
+            answer = disks.prepare(disk)
+        case "sum":
+            answer = disks.checksum(disk)
+        case "compare":
+            answer = disks.compare(disk, args.other)
+        case _:
+            answer = disks.which(disk, args.socket)
+    print(json.dumps(answer.fields, indent=1) if args.json else answer.text)
+    return answer.code
 
 
 def _config_init_pki(args: argparse.Namespace) -> None:

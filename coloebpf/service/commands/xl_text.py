@@ -9,6 +9,7 @@ from typing import NamedTuple
 from coloebpf.errors import ConfigError
 from coloebpf.service.checks.live import domain_of, wrong_in
 from coloebpf.service.config import Config, PairConfig
+from coloebpf.service.disks import ColoDisk
 from coloebpf.xen import xlcfg
 
 WIDTH = 79
@@ -30,7 +31,8 @@ def changes(path: Path, config: Config) -> Changes:
         lines += ["    " + wrong.advice, ""]
     if not lines:
         return Changes(f"{path} is as engine {pair.engine} of pair {pair.name} needs it", 0)
-    return Changes("\n".join([*lines, "Start the guest anew with it: xl shutdown, xl create."]), 1)
+    paused = " -p" if ColoDisk.of(pair) is not None else ""  # the images must be the same when it begins to write
+    return Changes("\n".join([*lines, f"Start the guest anew with it: xl shutdown, xl create{paused}."]), 1)
 
 
 def _pair(path: Path, config: Config) -> PairConfig:

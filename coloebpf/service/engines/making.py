@@ -13,6 +13,7 @@ from coloebpf.model import Role, State
 from coloebpf.service.checks import live
 from coloebpf.service.checks.finding import Host
 from coloebpf.service.config import LibxlLiveConfig, PairConfig, QemuConfig
+from coloebpf.service.disks import ColoDisk
 from coloebpf.service.engine import Emit, Engine, Say
 from coloebpf.service.engines import xl
 from coloebpf.service.engines.encryption import Encryption
@@ -132,7 +133,7 @@ def _relayed(
         stream = Stream.of_remus(pair.name, pair.libxl_remus, encryption)
     else:
         assert pair.libxl_colo is not None
-        stream = Stream.of_colo(pair.name, pair.libxl_colo, encryption)
+        stream = Stream.of_colo(pair.name, pair.libxl_colo, ColoDisk.of(pair), encryption)
     if pair.role is Role.PRIMARY:
         behind, macs = [port_of(nic.vif) for nic in pair.nics], [nic.mac for nic in pair.nics]
         return XlPrimary(stream, watcher, behind, macs, emit, tell, state, _lacks(pair))

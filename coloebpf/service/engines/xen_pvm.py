@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 
@@ -91,6 +92,13 @@ class Pvm:
     async def lives(self) -> bool:
         """Raises XenError if nobody can say."""
         return await self._find(await self._tools.all()) is not None
+
+    async def pause(self) -> None:
+        """Unless it is paused, or is not there."""
+        with contextlib.suppress(XenError):
+            guest = await self._tools.numbered(self.domid) if self.domid is not None else None
+            if guest is not None and not guest.paused:
+                await self._tools.do("pause", guest.domid)
 
     async def let_go_on(self, domid: int) -> None:
         """Raises XenError."""

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from coloebpf.service.config import LibxlColoConfig, LibxlRemusConfig
 from coloebpf.service.config_keys import Address
+from coloebpf.service.disks import ColoDisk
 from coloebpf.service.engines.encryption import Encryption
 from coloebpf.service.engines.xen_relay import RUNE, SOCKET
 from coloebpf.service.engines.xen_toolstack import Toolstack
+from coloebpf.service.engines.xl_disk import MONITORS
 from coloebpf.xen.client import ARGV
 from coloebpf.xen.watcher import Watcher
 
@@ -35,14 +37,18 @@ class Stream:
     xl: str = "xl"
     xenstore_write: str = "xenstore-write"
     worker: Sequence[str] = ARGV
+    disk: ColoDisk | None = None  # of the guest: replicated by QEMU
+    monitors: Path = MONITORS
 
     @classmethod
-    def of_colo(cls, pair: str, config: LibxlColoConfig, encryption: Encryption | None) -> Stream:
+    def of_colo(
+        cls, pair: str, config: LibxlColoConfig, disk: ColoDisk | None, encryption: Encryption | None
+    ) -> Stream:
         """`config` has a stream_listen."""
         assert config.stream_listen is not None
         return cls(
             pair, True, config.domain, config.stream_listen, config.listen, 0,
-            config.copy_timeout_s, config.step_timeout_s, config.run_dir, encryption,
+            config.copy_timeout_s, config.step_timeout_s, config.run_dir, encryption, disk=disk,
         )  # fmt: skip
 
     @classmethod

@@ -7,12 +7,12 @@ relay keeps back until this engine's events have been dealt with: so no step res
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 
 from coloebpf.errors import EngineError, XenError
 from coloebpf.model import State
+from coloebpf.service.disks import Usage
 from coloebpf.service.engine import (
     Committed,
     Emit,
@@ -25,15 +25,17 @@ from coloebpf.service.engine import (
     Suspended,
 )
 from coloebpf.service.engines.standby import Standby
-from coloebpf.service.engines.xen_primary import ASK_S, TEND_S, WANTED
+from coloebpf.service.engines.xen_primary import TEND_S, WANTED
 from coloebpf.service.engines.xen_pvm import Pvm
 from coloebpf.service.engines.xen_relay import Relay
 from coloebpf.service.engines.xen_stream import Stream
+from coloebpf.service.engines.xl_disk import PrimaryDisk
 from coloebpf.service.engines.xl_owed import Owed
+from coloebpf.service.engines.xl_refusal import Refusal
+from coloebpf.service.engines.xl_seeking import Seeking
 from coloebpf.service.engines.xl_sending import END_S, Sending
 from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
-from coloebpf.xen.guest import unfit
 from coloebpf.xen.records import Mark
 from coloebpf.xen.watcher import Watcher
 
@@ -66,20 +68,20 @@ class XlPrimary:
         lacks: Callable[[], str] = lambda: "",
     ) -> None:
         self.name = "libxl-colo" if stream.colo else "libxl-remus"
-        self._stream, self._ports = stream, ports
-        self._emit_to, self._say_to, self._state, self._lacks = emit, tell, state, lacks
+        self._stream, self._emit_to, self._state = stream, emit, state
         self._tools = stream.toolstack(watcher)
         self.pvm = Pvm(self._tools, self._pvm_event, macs)
+        self._disk = PrimaryDisk(stream.disk, stream.monitors) if stream.disk is not None else None
+        self._refusal = Refusal(stream, self._tools, self.pvm, ports, self._disk, lacks)
+        self._seeking = Seeking(tell, stream.encryption)
         self._sending = Sending(stream)
         self._relay: Relay | None = None
-        self._standby: Standby | None = None
-        self._heard = 0  # number of the last standby that was offered
-        self._asked_s = 0.0
         self._begun = False  # a stream was asked for since the protection began
         self._requested = False  # a checkpoint is due
         self._under_way = False  # libxl makes one
         self._first = True
         self._ending = ""  # why this engine has ended the stream
+        self._streams = 0  # that were begun here
         self._owed = Owed(self._commit)
         self._tasks = Tasks(lambda error: logger.error("a task of the engine failed", exc_info=error))
         self._stopped = False
@@ -98,6 +100,8 @@ class XlPrimary:
             for mark in self._relay.held:
                 self._at(mark, True)
             self._relay.listen()
+        if self._disk is not None:
+            self._tasks.spawn(self._disk.learn())
         self._tasks.spawn(self._tend())
 
     async def request_checkpoint(self) -> None:
@@ -130,9 +134,16 @@ class XlPrimary:
     @property
     def progress(self) -> str:
         """See Showing."""
+        if self._disk is not None and self._disk.progress:
+            return self._disk.progress
         if self._relay is None:
             return "waiting for the secondary" if self._begun else ""
         return f"{self._relay.passed // MIB} MiB sent" if self._first or self._under_way else ""
+
+    def disk_usage(self) -> Usage | None:
+        """See Storing."""
+        follows = self._relay is not None and not self._first
+        return self._disk.usage(follows, self._state()) if self._disk is not None else None
 
     # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
 
@@ -140,8 +151,9 @@ class XlPrimary:
         """See Talking."""
         match word:
             case "standby":
-                self._heard = number
-                self._standby = Standby.of(number, detail, self._stream.encryption)
+                self._seeking.offered(number, detail)
+            case "disk" if self._disk is not None:
+                self._disk.heard(detail)
             case "whole":
                 self._owed.there(number)
             case "unfit":
@@ -153,8 +165,7 @@ class XlPrimary:
 
     def peer_up(self) -> None:
         """See Talking."""
-        self._standby = None
-        self._asked_s = 0.0
+        self._seeking.peer_up()
 
     # ---- the PVM, and when there is to be a stream -----------------------------------------------------------------
 
@@ -162,19 +173,21 @@ class XlPrimary:
         while True:
             if self._tools.changes.due(self._may_stand()):
                 await self.pvm.look(self._may_stand)
-            wanted = self._state() in WANTED
-            if not wanted:
-                self._standby = None
+            if not self._wanted():
+                self._seeking.found = None
                 if self._begun:
                     self._begun = False
                     await self._end("the protection has ended")
                     if self.pvm.domid is not None:
                         self._emit(Ready())
-            elif self._relay is None and self._standby is None:
-                self._ask()
+            elif self._relay is None and self._seeking.found is None:
+                self._seeking.ask()
             elif self._relay is None and self._requested and self.pvm.domid is not None:
                 await self._begin(self.pvm.domid)
             await self._tools.changes.wait(TEND_S)
+
+    def _wanted(self) -> bool:
+        return self._state() in WANTED
 
     def _may_stand(self) -> bool:
         return self._relay is not None or self._sending.alive
@@ -184,17 +197,13 @@ class XlPrimary:
             self._tasks.spawn(self._end(event.reason))
         self._emit(event)
 
-    def _ask(self) -> None:
-        now = asyncio.get_running_loop().time()
-        if now - self._asked_s > ASK_S:
-            self._asked_s = now
-            self._say_to("ask", self._heard, "")
-
     async def _begin(self, domid: int) -> None:
-        standby, self._standby = self._standby, None
-        assert standby is not None
+        standby = self._seeking.take()
         try:
-            if refusal := await self._refusal(domid):
+            refusal = await self._refusal.reason(domid, self._wanted)
+            if not self._wanted():
+                return  # it took its time
+            if refusal:
                 self._requested = False
                 self._emit(Failed(refusal, fatal=True))
                 self._emit(Ready())  # for the next protection, when that is mended
@@ -204,19 +213,9 @@ class XlPrimary:
             self._requested = False
             self._emit(Failed(str(e)))
 
-    async def _refusal(self, domid: int) -> str:
-        """Why this guest can't be protected, or "". Raises XenError."""
-        if lacks := await asyncio.to_thread(self._lacks):
-            return lacks
-        if self.pvm.name != self._stream.domain:  # xl would call the SVM so too
-            return f"the guest is {self.pvm.name} here (xl rename {self.pvm.name} {self._stream.domain})"
-        colo = self._stream.colo
-        found = await self._tools.configuration(domid)
-        wrong = unfit(found, [[port] for port in self._ports], emulated=colo, colo_disks=colo)
-        return "; ".join(f"{one.text} ({one.advice})" for one in wrong)
-
     async def _connect(self, standby: Standby, domid: int) -> None:
         self._ending, self._first, self._under_way = "", True, True
+        self._streams += 1
         self._owed = Owed(self._commit)
         with await standby.reach() as net:
             self._relay = await self._sending.begin(domid, net, self._at, self._cut, self._over)
@@ -255,14 +254,18 @@ class XlPrimary:
 
     async def _ready(self, relay: Relay) -> None:
         """COLO: the PVM stands still and the secondary has all of it. When this passes, libxl lets the PVM go on."""
-        if self._first and self.pvm.domid is None:  # this service has just come
+        if self.pvm.domid is None:  # this service has just come
             await self.pvm.look(self._may_stand)
-        if self._first and self.pvm.domid is not None:
-            # It unpauses the PVM behind the first one, which is an error for a guest that was not paused.
-            with contextlib.suppress(XenError):
-                guest = await self._tools.numbered(self.pvm.domid)
-                if guest is not None and not guest.paused:
-                    await self._tools.do("pause", guest.domid)
+        if self._first:
+            await self.pvm.pause()  # libxl unpauses it behind the first one: an error for a guest that was not paused
+        elif self._disk is not None:
+            failure = await self._disk.failure(self.pvm.domid)
+            if relay is not self._relay:
+                return
+            if failure:
+                self._tasks.spawn(self._end(failure))
+                self._emit(Failed(failure, fatal=True))
+                return
         self._tell_suspended()
         self._commit()
         relay.go(Mark.READY)
@@ -295,16 +298,21 @@ class XlPrimary:
 
     async def _ended(self, why: str) -> None:
         """xl lets the PVM go on at its end, whatever that was."""
+        stream = self._streams
         await self._sending.end()
         if self._ending:
             return
         try:
-            lives = await self.pvm.lives()
+            lives, nobody = await self.pvm.lives(), ""
         except XenError as e:
-            self._emit(Failed(f"libxl has ended ({why}), and nobody can say whether the guest lives: {e}", fatal=True))
-            return
+            lives, nobody = False, str(e)
+        if self._ending or stream != self._streams:
+            return  # the protection has ended meanwhile, or another one has begun
         self._requested = False
-        if lives:
+        if nobody:
+            text = f"libxl has ended ({why}), and nobody can say whether the guest lives: {nobody}"
+            self._emit(Failed(text, fatal=True))
+        elif lives:
             self._emit(SecondaryGone(f"libxl has ended ({why})"))
         else:
             self._say_it(logging.WARNING, "libxl has ended, and the guest too", why=why)

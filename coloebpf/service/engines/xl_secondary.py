@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import secrets
 import socket
 from collections.abc import Callable, Sequence
 
-from coloebpf.errors import DeviceError, EngineError, XenError
+from coloebpf.errors import DeviceError, DiskError, EngineError, XenError
 from coloebpf.model import State
+from coloebpf.service.disks import Usage
 from coloebpf.service.engine import DomainGone, Emit, EngineEvent, Ready, Replacing, Say
-from coloebpf.service.engines.standby import Door, new_token, offer
 from coloebpf.service.engines.xen_places import Ports
 from coloebpf.service.engines.xen_primary import TEND_S, WANTED
 from coloebpf.service.engines.xen_relay import RUNE, SOCKET, Relay, arrives, launch
 from coloebpf.service.engines.xen_stream import Stream
 from coloebpf.service.engines.xen_svm import Svm
+from coloebpf.service.engines.xl_disk import SecondaryDisk
+from coloebpf.service.engines.xl_offering import Offering
 from coloebpf.service.log import say
 from coloebpf.service.tasks import Tasks
 from coloebpf.xen.records import Mark
@@ -59,10 +59,8 @@ class XlSecondary:
         self._emit_to, self._say_to, self._state, self._lacks = emit, tell, state, lacks
         self._tools = stream.toolstack(watcher)
         self.svm = Svm(self._tools, stream.incoming)
-        self._door = Door(stream.pair, stream.listen, lambda: self._token, self._take, stream.encryption)
-        self._token: str | None = None  # of the standby that is offered
-        self._number = 0
-        self._numbers = itertools.count(1 + secrets.randbelow(1 << 30))
+        self._offering = Offering(stream, tell, state, self._take)
+        self._disk = SecondaryDisk(stream.disk, stream.monitors) if stream.disk is not None else None
         self._relay: Relay | None = None
         self._taking: asyncio.Task[None] | None = None
         self._ours = False  # the end of the stream is this engine's doing
@@ -89,7 +87,11 @@ class XlSecondary:
                 self._at(mark, True)
             self._relay.listen()
         self._mine = self._state() is State.PROMOTED
-        self._door.open()
+        self._offering.open()
+        if self._disk is not None:
+            self._tasks.spawn(self._disk.learn())
+        if self._disk is not None and self._mine:
+            self._tasks.spawn(self._disk.settle(self.svm.guest))
         self._tasks.spawn(self._tend())
         self._emit(Ready())
 
@@ -102,7 +104,12 @@ class XlSecondary:
         relay = self._relay
         if relay is None:
             raise EngineError("there is no SVM")
+        svm = await self._tools.named(self._stream.incoming) if self._disk is not None else None
+        if self._disk is not None and svm is None:
+            raise EngineError(f"there is no {self._stream.incoming} whose disk could be taken over")
         self._mine = self._ours = True
+        if self._disk is not None and svm is not None:
+            await self._disk.take_over(svm.domid)
         relay.end()
         await asyncio.wait((relay.over,), timeout=self._stream.step_timeout_s)
         if not relay.over.done():
@@ -112,22 +119,38 @@ class XlSecondary:
             raise EngineError(f"libxl has not taken over: {relay.over.result()}")
         await self._release()
         self._log(logging.INFO, "libxl has made the SVM the guest", domain=guest.domid)
+        if self._disk is not None:
+            await self._disk.taken_over()
+            self._tasks.spawn(self._disk.settle(self.svm.guest))
 
     async def stop(self) -> None:
         """See Engine. The SVM goes on, and its stream."""
         self._stopped = True
-        await self._door.close()
+        await self._offering.close()
         await self._tasks.end()
         if self._relay is not None:
             await self._relay.let_go()
         await self._tools.end()
+
+    @property
+    def progress(self) -> str:
+        """See Showing."""
+        return self._disk.progress if self._disk is not None else ""
+
+    def disk_usage(self) -> Usage | None:
+        """See Storing."""
+        if self._disk is None:
+            return None
+        state = self._state()
+        follows = self._relay is not None and not self._relay.cut and state in (State.LOCKSTEP, State.CHECKPOINTING)
+        return self._disk.usage(follows, state)
 
     # ---- coloebpf.service.engine.Talking ---------------------------------------------------------------------------
 
     def heard(self, word: str, number: int, detail: str) -> None:
         """See Talking."""
         if word == "ask":
-            self._offer()
+            self._offering.tell()
 
     def peer_up(self) -> None:
         """See Talking."""
@@ -142,18 +165,12 @@ class XlSecondary:
             try:
                 if self._tools.changes.due(self._relay):
                     await self._look()
-                if state is State.SYNCING and self._relay is None and self._taking is None and self._token is None:
-                    self._mine = False  # whoever was the guest here: another protection begins
-                    if lacks := await asyncio.to_thread(self._lacks):
-                        self._say_to("unfit", 0, lacks)
-                        raise EngineError(lacks)
-                    await self._clear()
-                    self._token, self._number, self._wholes = new_token(), next(self._numbers), 0
-                    self._offer()
+                if state is State.SYNCING and self._relay is None and self._taking is None and not self._offering.there:
+                    await self._make_ready()
                 elif state is State.SYNCING and self._relay is not None and self._relay.cut:
                     await self._drop("its stream was cut")
                 elif state is State.UNPROTECTED and not self._mine:
-                    self._token = None
+                    self._offering.withdraw()
                     await self._drop("the protection has ended")
             except EngineError as e:
                 self._log(logging.WARNING, "there is no standby", error=e)
@@ -176,9 +193,24 @@ class XlSecondary:
         self._say_to("gone", 0, why)
         self._emit(DomainGone(why))
 
-    def _offer(self) -> None:
-        if self._token is not None and self._state() in WANTED:
-            self._say_to("standby", self._number, offer(self._stream.listen, self._token, self._stream.encryption))
+    async def _make_ready(self) -> None:
+        """A standby that the primary may take. Raises EngineError; what has to be mended is told to the primary."""
+        if lacks := await asyncio.to_thread(self._lacks):
+            self._say_to("unfit", 0, lacks)
+            raise EngineError(lacks)
+        disk, word = self._disk, ""
+        try:
+            if disk is not None:
+                await disk.spare(await self._tools.guest())
+            self._mine = False  # whoever was the guest here: another protection begins
+            await self._clear()
+            if disk is not None:
+                word = await disk.begin(lambda: self._state() is State.SYNCING)
+        except DiskError as e:
+            self._say_to("unfit", 0, str(e))
+            raise
+        self._wholes = 0
+        self._offering.renew(word)
 
     async def _clear(self) -> None:
         """The guest runs on the other host for certain: what has its name here, or is half of it, goes."""
@@ -188,7 +220,6 @@ class XlSecondary:
                 await self._tools.destroy(old.domid)
 
     def _take(self, connection: socket.socket) -> None:
-        self._token = None
         self._taking = self._tasks.spawn(self._take_in(connection))
 
     async def _take_in(self, connection: socket.socket) -> None:
@@ -196,6 +227,8 @@ class XlSecondary:
         self._ours = False
         try:
             with connection:
+                if self._disk is not None:
+                    await self._disk.prepare()
                 process = await launch(stream.home, [*RUNE, str(stream.home / SOCKET)])
                 relay = await arrives(stream.home, process, START_S, self._at, self._cut, self._over)
                 self._relay = relay
