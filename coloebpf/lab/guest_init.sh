@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # Process 1 of a lab's virtual machine (coloebpf/lab/image.py). The kernel's command line has its addresses, which are
-# then variables here: COLO_NICS="10.77.0.10/24,fd77::10/64 10.77.1.10/24,..." with one word for each NIC, and COLO_MTU.
+# then variables here: COLO_DISK, and COLO_NICS="10.77.0.10/24,fd77::10/64 10.77.1.10/24,..." with one word for each NIC, and COLO_MTU.
 export PATH=/bin
 /bin/busybox mkdir -p /proc /sys /dev /tmp /root /var/run /var/log
 /bin/busybox --install -s /bin
@@ -44,6 +44,23 @@ echo '/bin/sh' >/etc/shells
 chmod 700 /root /root/.ssh
 # With a key only; -E: what it says goes to the console.
 dropbear -s -E -r /etc/dropbear/dropbear_ed25519_host_key 2>/dev/console
+
+# COLO_DISK: numbers go onto this disk, each into one of 100 blocks in turn; what was written 20 numbers ago must be there
+# still, as what another VM has written is not. redis is told, for whoever asks.
+write_numbers() {
+    i=0
+    while :; do
+        i=$((i + 1))
+        if [ $i -gt 20 ]; then
+            is=$(dd if=/dev/$COLO_DISK bs=512 skip=$(((i + 80) % 100)) count=1 iflag=direct 2>/dev/null | head -n 1)
+            [ "$is" = "block $((i - 20))" ] || echo "SET bad '$i is $is'" | nc -w 1 127.0.0.1 6379
+        fi
+        echo "block $i" | dd of=/dev/$COLO_DISK bs=512 seek=$((i % 100)) conv=sync,fsync 2>/dev/null
+        echo "SET written $i" | nc -w 1 127.0.0.1 6379
+        sleep 1
+    done >/dev/null
+}
+[ -z "$COLO_DISK" ] || write_numbers &
 
 echo "guest: up after $(cut -d ' ' -f 1 /proc/uptime) s" >/dev/console
 # Nothing that writes files, one thread, and few ticks: what a replica does by its own clock dirties memory.

@@ -55,9 +55,13 @@ class Counter:
         self._socket.sendall(command.encode() + b"\r\n")
         return self._said.readline().decode().strip()
 
+    def line(self) -> str:
+        """The next line of an answer that has more of them."""
+        return self._said.readline().decode().strip()
+
     def time(self) -> str:
         """redis' TIME: what two guests never answer alike."""
-        lines = [self.ask("TIME"), *(self._said.readline().decode().strip() for _ in range(4))]
+        lines = [self.ask("TIME"), *(self.line() for _ in range(4))]
         assert lines[0] == "*2", lines
         return f"{lines[2]}.{lines[4]}"
 

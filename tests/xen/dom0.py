@@ -44,7 +44,7 @@ TOOLS = (
 # Two thirds of a kernel's modules, and everything to read.
 DRIVERS = (
     *("gpu", "media", "infiniband", "usb", "staging", "iio", "hid", "isdn", "mtd", "net/wireless", "bluetooth"),
-    *("input", "hwmon", "scsi"),
+    *("input", "hwmon"),
 )
 NEVER_USED = (
     *("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"),

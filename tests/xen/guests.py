@@ -12,7 +12,7 @@ from tests.xen.modules import load_order
 from tests.xen.plan import LAN, LAN_SUBNETS, SUBNETS_V6
 
 ARCHIVE = "guest.cpio"
-DRIVERS = ("xen-netfront", "xen-blkfront", "e1000")
+DRIVERS = ("xen-netfront", "xen-blkfront", "e1000", "ata_piix", "sd_mod")
 MEMORY_MIB = 160
 BRIDGE = "xenbr0"
 MTU = 1500
@@ -40,13 +40,17 @@ def archive(cache: Cache, kernel: image.Kernel) -> Path:
 
 @dataclass(frozen=True)
 class Guest:
-    """One guest; `number` makes addresses that no other guest has. Each of its NICs is in a subnet of the LAN's own."""
+    """One guest; `number` makes addresses that no other guest has. Each of its NICs is in a subnet of the LAN's own.
+
+    `disk`: its line for xl; the guest writes to it.
+    """
 
     name: str
     kind: str
     number: int
     memory: int = MEMORY_MIB
     nics: int = 1
+    disk: str = ""
 
     @property
     def addresses(self) -> list[str]:
@@ -82,11 +86,14 @@ class Guest:
         bridges = [f"{port}-x,script=vif-coloebpf" for port in ports] or [BRIDGE] * self.nics
         kind = ",type=ioemu,model=e1000" if self.kind == "hvm" else ""
         vifs = ", ".join(f'"mac={mac},bridge={bridge}{kind}"' for mac, bridge in zip(self.macs, bridges, strict=True))
+        if self.disk:
+            line += " COLO_DISK=sda"
         if self.kind == "hvm":
             line += " xen_nopv xen_emul_unplug=never"
         return (
             f'name = "{self.name}"\nkernel = "/lab/vmlinuz"\nramdisk = "/lab/{ARCHIVE}"\n'
             f'{"cmdline" if self.kind == "hvm" else "extra"} = "{line}"\n'
             f'memory = {self.memory}\nvcpus = 1\nvif = [{vifs}]\non_crash = "destroy"\n'
+            + (f'disk = ["{self.disk}"]\n' if self.disk else "")
             + {"pv": "", "pvh": 'type = "pvh"\n', "hvm": HVM}[self.kind]
         )

@@ -32,7 +32,8 @@ class Protected:
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What is asked of a pair. `nic`: more lines of [[pair.nic]]; `table`: the engine's, with {address}, the host's own
-    on the direct link. `number`: of the pair, `first_nic`: of its first NIC; with several the forward link is shared."""
+    on the direct link. `number`: of the pair, `first_nic`: of its first NIC; with several the forward link is shared.
+    `more`: tables behind the engine's, with {address} and {other}, the other host's. `paused`: the guest is started so."""
 
     engine: str
     nic: str
@@ -42,6 +43,8 @@ class Setting:
     number: int = 0
     first_nic: int = 0
     shared: bool = False
+    more: str = ""
+    paused: bool = False
 
     def text(self, lab: Lab, host: int) -> str:
         """[[pair]] of a host."""
@@ -70,11 +73,13 @@ vlan = {number + 1 if self.shared else 0}
 mac = "{mac}"
 bridge = "{BRIDGE}"
 """
+        address, other = (lab.plan.address(DIRECT, which) for which in (host, 3 - host))
         return f"""{lines}
-{self.table.format(address=lab.plan.address(DIRECT, host))}
+{self.table.format(address=address)}
 domain = "{self.guest.name}"
 copy_timeout_s = 600
 step_timeout_s = 300
+{self.more.format(address=address, other=other)}
 """
 
 
@@ -110,9 +115,10 @@ def services(lab: Lab, settings: Sequence[Setting]) -> Iterator[None]:
     with ThreadPoolExecutor() as both:  # each compiles for minutes on its emulated CPU
         list(both.map(partial(service.start, lab), HOSTS))
     for setting in settings:
-        lab.run(setting.primary, f"xl create -q /etc/xen/{setting.guest.name}.cfg")
+        lab.run(setting.primary, f"xl create -q {'-p' if setting.paused else ''} /etc/xen/{setting.guest.name}.cfg")
     for setting in settings:
-        lab.await_answer(setting.guest)
+        if not setting.paused:
+            lab.await_answer(setting.guest)
     try:
         yield
     finally:

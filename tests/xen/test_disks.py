@@ -1,0 +1,122 @@
+"""A guest with a disk, protected by libxl's COLO on two real Xen hosts, with packages that deploy/xen/rebuild.sh has made.
+
+The guest writes numbers to its disk, and reads back what it wrote (coloebpf/lab/guest_init.sh).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from coloebpf.service.config import LibxlDisk
+from coloebpf.service.config_keys import Address
+from coloebpf.service.disks import ColoDisk
+from tests.xen import scenario
+from tests.xen.counter import PATIENCE_S, Counter, pair, until
+from tests.xen.guests import Guest
+from tests.xen.lab import Lab
+from tests.xen.plan import DIRECT, HOSTS
+from tests.xen.scenario import Protected, Setting
+
+pytestmark = [pytest.mark.xen, pytest.mark.rebuilt, pytest.mark.timeout(7200)]
+IMAGE, DIRECTORY, MIB, PORT = "/var/lib/coloebpf/web.img", "/var/lib/coloebpf/web", 64, 7793
+TABLE = '[pair.libxl_colo]\nlisten = "127.0.0.1:9000"\nstream_listen = "{address}:7792"'
+DISK = f"""
+[[pair.libxl_colo.disk]]
+image = "{IMAGE}"
+format = "raw"
+vdev = "hda"
+directory = "{DIRECTORY}"
+listen = "{{address}}:{PORT}"
+peer_listen = "{{other}}:{PORT}"
+compare_image = true
+"""
+BLOCKS = 100
+
+
+class Written(NamedTuple):
+    """What the guest has told redis: the number that it wrote last, and what it found wrong."""
+
+    last: int
+    bad: str | None
+
+
+def written(client: Counter) -> Written:
+    def get(key: str) -> str | None:
+        head = client.ask(f"GET {key}")
+        return None if head == "$-1" else client.line()
+
+    return Written(int(get("written") or 0), get("bad"))
+
+
+def line(lab: Lab) -> str:
+    """For xl, as coloebpf makes it for host 1."""
+    here, there = (Address(lab.plan.address(DIRECT, host), PORT) for host in HOSTS)
+    config = LibxlDisk(
+        image=Path(IMAGE), format="raw", vdev="hda", directory=Path(DIRECTORY), listen=here, peer_listen=there,
+        compare_image=True,
+    )  # fmt: skip
+    return ColoDisk("web", config).line()
+
+
+@pytest.fixture(scope="module")
+def protected(lab: Lab) -> Iterator[Protected]:
+    """Protected: a guest with a disk is started by its protection."""
+    guest = Guest("web", "hvm", 23, 128, disk=line(lab))
+    setting = Setting("libxl-colo", "", TABLE, guest, more=DISK, paused=True)
+    if lab.running() != list(HOSTS):
+        lab.anew()
+    for host in HOSTS:
+        lab.run(host, f"mkdir -p {DIRECTORY} && rm -rf {DIRECTORY}/* {IMAGE} && truncate -s {MIB}M {IMAGE}")
+    # xl opens what the line names, also what only the other host uses.
+    lab.run(1, f"for name in active hidden; do qemu-img create -q -f qcow2 {DIRECTORY}/web-$name.qcow2 {MIB}M; done")
+    with scenario.services(lab, [setting]):
+        scenario.doctor_is_content(lab)
+        print(lab.run(1, "coloebpf protect web", timeout=PATIENCE_S))
+        lab.await_answer(guest)
+        yield Protected(lab, Counter(lab, guest.address), Counter(lab, guest.address))
+
+
+def test_the_guest_writes_in_lock_step(protected: Protected) -> None:
+    assert pair(protected.lab, 1)["state"] in ("lockstep", "checkpointing")
+    until(lambda: written(protected.server).last > 30, "numbers on its disk, and those of 20 numbers ago read")
+    protected.counter.start()
+    protected.counter.goes_on(20)
+
+
+def test_checkpoints_keep_the_disks_alike(protected: Protected) -> None:
+    """Divergences while it writes; what is read back is what was written, and replication has no error."""
+    begun = written(protected.server)
+    for _ in range(5):
+        assert float(protected.server.time()) > 0
+    until(lambda: written(protected.server).last > begun.last + 30, "more of them")
+    assert written(protected.server).bad is None
+    lab = protected.lab
+    assert pair(lab, 1)["checkpoints_failed"] == 0
+    [usage] = [json.loads(lab.run(2, "coloebpf status --json"))["service"]["pairs"][0]["disk"]]
+    print(usage)
+    assert usage["follows"]
+
+
+def test_failover(protected: Protected) -> None:
+    """The guest goes on with its disk, which QEMU brings together in the image: that is the good one."""
+    lab = protected.lab
+    before = written(protected.server)
+    scenario.host_1_dies(protected)
+    until(lambda: written(protected.server).last > before.last + 30, "it to write on")
+    assert written(protected.server).bad is None
+    until(lambda: "QEMU has not ended" not in lab.run(2, "coloebpf disks which web", check=False), "one whole file")
+    print(lab.run(2, "coloebpf disks which web"))
+    last = written(protected.server).last
+    lab.run(2, "xl destroy web")
+    text = lab.run(
+        2, f"for i in $(seq 0 {BLOCKS - 1}); do dd if={IMAGE} bs=512 skip=$i count=1 2>/dev/null | head -n 1; done"
+    )
+    numbers = sorted(int(number) for number in re.findall(r"block (\d+)", text))
+    assert numbers[-1] >= last
+    assert numbers == list(range(numbers[-1] - BLOCKS + 1, numbers[-1] + 1))[-len(numbers) :]
