@@ -40,6 +40,20 @@ def encryption(pki: Path, host: str) -> Encryption:
     return Encryption(identity(pki, host), "b" if host == "a" else "a")
 
 
+def pass_on(one: socket.socket, other: socket.socket, seen: bytearray, at_end: int) -> None:
+    """Both ways, in threads. `at_end`: what the other side's shutdown() is, when one has ended."""
+
+    def way(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(MIB):
+                seen.extend(data)
+                sink.sendall(data)
+            sink.shutdown(at_end)
+
+    for source, sink in ((one, other), (other, one)):
+        threading.Thread(target=way, args=(source, sink), daemon=True).start()
+
+
 class Wire:
     """Two ends of a TCP connection, with somebody in between who writes down what goes by."""
 
@@ -50,15 +64,7 @@ class Wire:
             left, _ = first.accept()
             right = socket.create_connection(second.getsockname())
             self.b, _ = second.accept()
-        for source, sink in ((left, right), (right, left)):
-            threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
-
-    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(MIB):
-                self.seen += data
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_RDWR)
+        pass_on(left, right, self.seen, socket.SHUT_RDWR)
 
 
 class Listener:
@@ -84,15 +90,7 @@ class Listener:
         while True:
             near, _ = self._server.accept()
             far = socket.create_connection(("127.0.0.1", self._to))
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
-
-    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(MIB):
-                self.seen += data
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
+            pass_on(near, far, self.seen, socket.SHUT_WR)
 
 
 async def both(wire: Wire, a: Encryption, b: Encryption) -> tuple[socket.socket, socket.socket]:
