@@ -40,17 +40,13 @@ def archive(cache: Cache, kernel: image.Kernel) -> Path:
 
 @dataclass(frozen=True)
 class Guest:
-    """One guest; `number` makes addresses that no other guest has. Each of its NICs is in a subnet of the LAN's own.
-
-    `disk`: its line for xl; the guest writes to it.
-    """
+    """One guest; `number` makes addresses that no other guest has. Each of its NICs is in a subnet of the LAN's own."""
 
     name: str
     kind: str
     number: int
     memory: int = MEMORY_MIB
     nics: int = 1
-    disk: str = ""
 
     @property
     def addresses(self) -> list[str]:
@@ -77,8 +73,9 @@ class Guest:
         """The device in dom0 that carries the guest's frames."""
         return f"vif{domid}.0-emu" if self.kind == "hvm" else f"vif{domid}.0"
 
-    def config(self, ports: Sequence[str] = ()) -> str:
-        """For `xl create`. `ports`: what its NICs are behind; none: they are in the LAN's bridge."""
+    def config(self, ports: Sequence[str] = (), disk: str = "") -> str:
+        """For `xl create`. `ports`: what its NICs are behind; none: they are in the LAN's bridge. `disk`: xl's line of
+        the one that the guest writes to."""
         console = "ttyS0" if self.kind == "hvm" else "hvc0"
         first, *more = (f"{address}/24" for address in self.addresses)
         nics = ";".join([f"{first},{SUBNETS_V6[LAN]}{self.number}/64", *more])
@@ -86,7 +83,7 @@ class Guest:
         bridges = [f"{port}-x,script=vif-coloebpf" for port in ports] or [BRIDGE] * self.nics
         kind = ",type=ioemu,model=e1000" if self.kind == "hvm" else ""
         vifs = ", ".join(f'"mac={mac},bridge={bridge}{kind}"' for mac, bridge in zip(self.macs, bridges, strict=True))
-        if self.disk:
+        if disk:
             line += " COLO_DISK=sda"
         if self.kind == "hvm":
             line += " xen_nopv xen_emul_unplug=never"
@@ -94,6 +91,6 @@ class Guest:
             f'name = "{self.name}"\nkernel = "/lab/vmlinuz"\nramdisk = "/lab/{ARCHIVE}"\n'
             f'{"cmdline" if self.kind == "hvm" else "extra"} = "{line}"\n'
             f'memory = {self.memory}\nvcpus = 1\nvif = [{vifs}]\non_crash = "destroy"\n'
-            + (f'disk = ["{self.disk}"]\n' if self.disk else "")
+            + (f'disk = ["{disk}"]\n' if disk else "")
             + {"pv": "", "pvh": 'type = "pvh"\n', "hvm": HVM}[self.kind]
         )

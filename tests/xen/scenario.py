@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -33,7 +33,8 @@ class Protected:
 class Setting:
     """What is asked of a pair. `nic`: more lines of [[pair.nic]]; `table`: the engine's, with {address}, the host's own
     on the direct link. `number`: of the pair, `first_nic`: of its first NIC; with several the forward link is shared.
-    `more`: tables behind the engine's, with {address} and {other}, the other host's. `paused`: the guest is started so."""
+    `more`: tables behind the engine's, with {address} and {other}, the other host's. `paused`: the guest is started so.
+    `disk`: the guest's line for xl on each host: it names where the other one listens."""
 
     engine: str
     nic: str
@@ -45,6 +46,7 @@ class Setting:
     shared: bool = False
     more: str = ""
     paused: bool = False
+    disk: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def text(self, lab: Lab, host: int) -> str:
         """[[pair]] of a host."""
@@ -100,7 +102,8 @@ fence = ["/bin/true"]  # the test has turned it off
 """
     lab.write(host, service.CONFIG, head + "".join(setting.text(lab, host) for setting in settings))
     for setting in settings:
-        lab.write(host, f"/etc/xen/{setting.guest.name}.cfg", setting.guest.config(setting.guest.ports))
+        config = setting.guest.config(setting.guest.ports, setting.disk.get(host, ""))
+        lab.write(host, f"/etc/xen/{setting.guest.name}.cfg", config)
 
 
 @contextmanager

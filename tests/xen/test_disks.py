@@ -54,9 +54,9 @@ def written(client: Counter) -> Written:
     return Written(int(get("written") or 0), get("bad"))
 
 
-def line(lab: Lab) -> str:
-    """For xl, as coloebpf makes it for host 1."""
-    here, there = (Address(lab.plan.address(DIRECT, host), PORT) for host in HOSTS)
+def line(lab: Lab, host: int) -> str:
+    """For xl, as coloebpf makes it for a host."""
+    here, there = (Address(lab.plan.address(DIRECT, which), PORT) for which in (host, 3 - host))
     config = LibxlDisk(
         image=Path(IMAGE), format="raw", vdev="hda", directory=Path(DIRECTORY), listen=here, peer_listen=there,
         compare_image=True,
@@ -67,8 +67,9 @@ def line(lab: Lab) -> str:
 @pytest.fixture(scope="module")
 def protected(lab: Lab) -> Iterator[Protected]:
     """Protected: a guest with a disk is started by its protection."""
-    guest = Guest("web", "hvm", 23, 128, disk=line(lab))
-    setting = Setting("libxl-colo", "", TABLE, guest, more=DISK, paused=True)
+    lines = {host: line(lab, host) for host in HOSTS}
+    guest = Guest("web", "hvm", 23, 128)
+    setting = Setting("libxl-colo", "", TABLE, guest, more=DISK, paused=True, disk=lines)
     if lab.running() != list(HOSTS):
         lab.anew()
     for host in HOSTS:
