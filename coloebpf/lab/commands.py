@@ -119,37 +119,42 @@ def _start_agent(plan: LabPlan) -> None:
 @contextmanager
 def _claimed(plan: LabPlan, always: bool) -> Iterator[None]:
     """The name is this process's, and what is made of the lab is taken down; no signal comes between the two."""
-    with ExitStack() as stack:
+    with _interruptible() as interrupted, ExitStack() as stack:
         with held_back(INTERRUPTIONS):
             state.claim(plan)
             stack.enter_context(_taken_down(plan, always))
         yield
+        if interrupted():  # and the exception got lost in a callback of a library
+            raise KeyboardInterrupt
 
 
 @contextmanager
-def _taken_down(plan: LabPlan, always: bool) -> Iterator[None]:
-    """Take the lab down after the body, or only if the body raises.
-
-    Ctrl-C, SIGTERM and a lost terminal end the body; a second one doesn't stop the taking down.
-    """
-
-    interrupted = finished = False
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C, SIGTERM and a lost terminal end the body; the function given tells whether one of them came."""
+    came = False
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-        nonlocal interrupted
-        interrupted = True
+        nonlocal came
+        came = True
         raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, interrupt) for number in INTERRUPTIONS}
     try:
+        yield lambda: came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _taken_down(plan: LabPlan, always: bool) -> Iterator[None]:
+    """Take the lab down after the body, or only if the body raises; a signal doesn't stop the taking down."""
+    finished = False
+    try:
         yield
-        if interrupted:  # and the exception got lost in a callback of a library
-            raise KeyboardInterrupt
         finished = True
     finally:
         if always or not finished:
             for number in INTERRUPTIONS:
                 signal.signal(number, signal.SIG_IGN)
             down(plan)
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -6,8 +6,9 @@ Spawned, not forked, so that nothing of this process (sockets, signal handlers) 
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
@@ -68,9 +69,24 @@ def _end(code: int | None) -> str:
 
 @contextmanager
 def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Signals that come meanwhile are delivered at the end of the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
+    """Signals that come meanwhile are delivered at the end of the block; handlers must stay what they are in it.
+
+    They are blocked for this thread, and so for what it starts. The kernel then gives them to any other thread there
+    is, for which Python calls the handler in the main thread at once: so the handlers are put aside as well.
+    """
+    came: list[int] = []
+    with ExitStack() as stack:  # undone from the last to the first, each of them even if a signal ends another
+        stack.callback(_deliver, came)
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, signals))
+        if threading.current_thread() is threading.main_thread():  # the only one whose handlers interrupt it
+            handlers = {number: signal.getsignal(number) for number in signals}
+            for number, handler in handlers.items():
+                stack.callback(signal.signal, number, handler)
+            for number in handlers:
+                signal.signal(number, lambda number, _: came.append(number))
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _deliver(signals: list[int]) -> None:
+    for number in signals:
+        signal.raise_signal(number)

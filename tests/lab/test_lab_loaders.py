@@ -135,21 +135,36 @@ if __name__ == "__main__":
     assert gone(int(path.read_text()))
 
 
-def test_a_signal_that_is_held_back_comes_at_the_end() -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "beside another thread"])
+@pytest.mark.parametrize("late", [False, True], ids=["its handler", "the default"])
+def test_a_signal_that_is_held_back_comes_at_the_end(tmp_path: Path, others: int, late: bool) -> None:
+    """The kernel gives it to the other thread, and Python calls the handler in this one."""
+    program = tmp_path / "held.py"
+    program.write_text(f"""
+import os, signal, threading, time
+from coloebpf.lab import loaders
 
-    before = signal.signal(signal.SIGHUP, interrupt)
-    steps = []
+def interrupt(*_):
+    raise KeyboardInterrupt
 
-    def work() -> None:
-        with loaders.held_back([signal.SIGHUP]):
-            os.kill(os.getpid(), signal.SIGHUP)
-            steps.append("after the signal")
-
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            work()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert steps == ["after the signal"]
+if not {late}:
+    signal.signal(signal.SIGHUP, interrupt)
+for _ in range({others}):
+    threading.Thread(target=time.sleep, args=({HANG},), daemon=True).start()
+try:
+    with loaders.held_back(loaders.INTERRUPTIONS):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.2)
+        print("after the signal", flush=True)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+again = signal.getsignal(signal.SIGHUP) is interrupt, signal.pthread_sigmask(signal.SIG_BLOCK, [])
+print("again as before" if again == (True, set()) else again)
+""")
+    done = subprocess.run(
+        [sys.executable, program], env=environment(), capture_output=True, text=True, timeout=HANG, check=False
+    )
+    if late:
+        assert (done.stdout, done.returncode) == ("after the signal\n", -signal.SIGHUP)
+    else:
+        assert (done.stdout, done.stderr) == ("after the signal\ninterrupted\nagain as before\n", "")
