@@ -94,6 +94,7 @@ class FakeXen:
 
     def unpause(self, domid: int) -> None:
         self._begin("unpause", domid)
+        self._hold("unpause")
         if not self.read(domid)["paused"]:
             raise XenError(f"libxl_domain_unpause of domain {domid}: it failed (-3)")  # seen on Xen 4.17
         self.write(domid, paused=False)

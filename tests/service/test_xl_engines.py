@@ -547,6 +547,51 @@ def test_xl_ends_before_the_svm_runs(play: Play) -> None:
     play(test)
 
 
+def test_the_svm_crashes(play: Play) -> None:
+    """Seen on Xen: its domain stays, and neither xl nor the stream says a word."""
+
+    async def test(rig: Rig) -> None:
+        await rig.checkpoint("one")
+        [svm] = rig.xen["b"].domains()
+        rig.xen["b"].write(svm.domid, ended=True)
+        await rig.until(lambda: any(isinstance(event, SecondaryGone) for _, event in rig.events), "SecondaryGone")
+        [gone] = [event for _, event in rig.events if isinstance(event, SecondaryGone)]
+        assert gone.reason == "the SVM has crashed, or was shut down"
+        await rig.until(lambda: rig.runs("a"), "the PVM to go on")
+
+    play(test)
+
+
+@pytest.mark.parametrize("end", ["xl is killed", "xl is killed, and the service is another", "the SVM has crashed"])
+def test_the_stream_ends_before_libxl_has_unpaused_the_pvm(play: Play, end: str) -> None:
+    """Lock-step has begun, so the guest runs, whatever becomes of the stream."""
+
+    async def test(rig: Rig) -> None:
+        hold = rig.xen["a"].home / "hold.unpause"
+        hold.touch()
+        await rig.primary.request_checkpoint()
+        await rig.until(lambda: "a Committed" in rig.steps, "a commit")
+        if "another" in end:
+            await asyncio.sleep(0.3)  # for the relay to pass the secondary's READY on
+            await rig.primary.stop()
+            rig.primary = rig.make_primary()
+            await rig.primary.start()
+            await rig.until(lambda: rig.primary.pvm.domid is not None, "the guest to be found")
+        assert not rig.runs("a")
+        if "crashed" in end:
+            await rig.until(lambda: rig.runs("b"), "the SVM to run")
+            [svm] = rig.xen["b"].domains()
+            rig.xen["b"].write(svm.domid, ended=True)
+        else:
+            rig.kill("a", "remus")
+        await rig.until(lambda: not rig.processes("a"), "the end of xl")
+        hold.unlink()
+        await rig.until(lambda: rig.runs("a"), "the PVM to run")
+        assert any(isinstance(event, SecondaryGone) for _, event in rig.events)
+
+    play(test)
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["ended", "ended and begun again"])
 def test_a_protection_that_ends_while_it_is_asked_what_became_of_the_guest(play: Play, again: bool) -> None:
     """xl has died, and libxl takes its time to say that the guest lives: what it says is about nothing any more."""

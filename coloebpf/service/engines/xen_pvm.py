@@ -28,6 +28,7 @@ class Pvm:
         self.domid: int | None = None
         self.name = tools.domain
         self._uuid = ""  # of the last domain that was the guest: a reboot keeps it
+        self.owed = False  # a libxl that may be killed first is to unpause it
         self._complaint = ""
 
     async def look(self, may_stand: Callable[[], bool]) -> None:
@@ -99,6 +100,18 @@ class Pvm:
             guest = await self._tools.numbered(self.domid) if self.domid is not None else None
             if guest is not None and not guest.paused:
                 await self._tools.do("pause", guest.domid)
+
+    async def run(self) -> None:
+        """There is no libxl any more that would unpause it, if that was `owed`."""
+        owed, self.owed = self.owed, False
+        try:
+            guest = await self._tools.numbered(self.domid) if owed and self.domid is not None else None
+            if guest is not None and guest.paused:
+                await self._tools.do("unpause", guest.domid)
+                say(logger, logging.WARNING, "the PVM was paused, and runs", pair=self._tools.pair, domain=guest.domid)
+        except XenError as e:
+            do = f"xl unpause {self.name}"
+            say(logger, logging.ERROR, "the PVM may be paused still", pair=self._tools.pair, error=e, do=do)
 
     async def let_go_on(self, domid: int) -> None:
         """Raises XenError."""

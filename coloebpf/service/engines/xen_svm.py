@@ -29,10 +29,12 @@ class Svm:
 
     async def look(self) -> str:
         """Why it is no SVM any more; "" if it is, or was not there yet. Only while nobody lets it take over."""
-        for domain in await self._living():
+        for domain in await self._tools.all():
             if self._seen is None and domain.name == self._incoming:
                 self._seen = (domain.domid, domain.uuid)
             if self._seen == (domain.domid, domain.uuid):
+                if domain.ended:
+                    return "the SVM has crashed, or was shut down"
                 renamed = domain.name == self._tools.domain
                 return "libxl has made the SVM the guest, which nobody has asked for" if renamed else ""
         return "" if self._seen is None else "the SVM is gone"

@@ -95,6 +95,7 @@ class XlPrimary:
             met = self._relay.met
             ready = met.get(Mark.READY, 0) - self._relay.held.count(Mark.READY)
             self._begun, self._first, self._under_way = True, not ready, met.get(Mark.NEW, 0) >= ready
+            self.pvm.owed = bool(ready) and not met.get(Mark.NEW, 0)
             self._owed = Owed(self._commit, met.get(Mark.WHOLE, 0))
             self._say_it(logging.INFO, "went on with the stream", **{str(mark): n for mark, n in met.items()})
             for mark in self._relay.held:
@@ -230,7 +231,7 @@ class XlPrimary:
             return
         match mark:
             case Mark.NEW:
-                self._under_way = True
+                self._under_way, self.pvm.owed = True, False
                 self._emit(Overwriting(self._requested))
             case Mark.READY:
                 self._tasks.spawn(self._ready(relay))
@@ -266,6 +267,7 @@ class XlPrimary:
                 self._tasks.spawn(self._end(failure))
                 self._emit(Failed(failure, fatal=True))
                 return
+        self.pvm.owed = self.pvm.owed or self._first
         self._tell_suspended()
         self._commit()
         relay.go(Mark.READY)
@@ -300,6 +302,7 @@ class XlPrimary:
         """xl lets the PVM go on at its end, whatever that was."""
         stream = self._streams
         await self._sending.end()
+        await self.pvm.run()
         if self._ending:
             return
         try:
@@ -327,6 +330,7 @@ class XlPrimary:
         relay.end()
         await asyncio.wait((relay.over,), timeout=END_S)
         await self._sending.end()
+        await self.pvm.run()
 
     def _emit(self, event: EngineEvent) -> None:
         if not self._stopped:
