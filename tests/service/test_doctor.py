@@ -22,7 +22,7 @@ from coloebpf.preflight import Preflight
 from coloebpf.service import doctor
 from coloebpf.service.checks import guest, link, machine, network
 from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
-from coloebpf.service.config import ArbiterConfig, CommandConfig, Config, EtcdConfig, parse
+from coloebpf.service.config import ArbiterConfig, CommandConfig, Config, EtcdConfig, LibxlDisk, parse
 from coloebpf.service.config_example import example
 from coloebpf.service.config_keys import Address
 from coloebpf.service.doctor import CHECKS, CONFIGURED, Row
@@ -373,6 +373,21 @@ def xen_findings(root: Path) -> list[Finding]:
 
 def test_a_good_dom0(xen: Path) -> None:
     assert levels(iter(xen_findings(xen))) == [OK, OK, OK]
+
+
+@pytest.mark.parametrize(("more", "level"), [("", FAIL), ("the SVM's memory map can't be set", OK)])
+def test_a_libxl_for_guests_with_disks(xen: Path, tmp_path: Path, more: str, level: str) -> None:
+    write(xen, "usr/lib/x86_64-linux-gnu/libxenlight.so.4.17", f"qemu colo-compare\0{more}\0")
+    disk = LibxlDisk(
+        image=tmp_path / "web.img", directory=tmp_path,
+        listen=Address("192.0.2.1", 7793), peer_listen=Address("192.0.2.2", 7793),
+    )  # fmt: skip
+    config = xen_config()
+    assert config.pairs[0].libxl_colo is not None
+    with_disk = with_pair(config, libxl_colo=dataclasses.replace(config.pairs[0].libxl_colo, disks=(disk,)))
+    [found] = [f for f in guest.toolstack(host(xen, with_disk)) if "an SVM that has not run" in f.text]
+    assert found.level == level
+    assert level == OK or "deploy/xen/rebuild.sh" in found.advice
 
 
 def test_pairs_of_other_engines_need_no_xen(root: Path) -> None:

@@ -14,12 +14,15 @@ from typing import Any
 from coloebpf.errors import ConfigError
 from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
 from coloebpf.service.config import PairConfig
+from coloebpf.service.disks import ColoDisk
 from coloebpf.xen import xlcfg
 
 LIBRARIES = ("usr/lib/*/libxenlight.so.*", "usr/lib/xen-*/lib/*/libxenlight.so.*", "usr/local/lib/libxenlight.so.*")
 # Is in a libxenlight that was built with libnl, and in no other. An argument of a call, for what initialises an array,
 # as libxl's words to the endpoint do, the compiler may scatter over instructions.
 IN_COLO = b"qemu colo-compare"
+# An argument of a call too: deploy/xen/edits/tools/50-svm-memory-map.patch, for a guest that is started paused.
+IN_SVM = b"the SVM's memory map can't be set"
 QEMUS = (
     "usr/libexec/xen-qemu-system-i386",
     "usr/lib/xen*/bin/qemu-system-i386",
@@ -52,6 +55,15 @@ def stack(host: Host) -> Iterator[Finding]:
         "libxenlight",
         "rebuild Xen's tools with libnl-3-dev and libnl-route-3-dev installed (Debian's are without)",
     )
+    if any(ColoDisk.of(pair) is not None for pair in host.known.pairs):
+        yield _has(
+            host,
+            LIBRARIES,
+            IN_SVM,
+            "libxenlight",
+            "without it the SVM of a guest with disks crashes as it begins: install what deploy/xen/rebuild.sh makes",
+            "a memory map for an SVM that has not run",
+        )
     yield _has(
         host,
         QEMUS,
@@ -61,14 +73,14 @@ def stack(host: Host) -> Iterator[Finding]:
     )
 
 
-def _has(host: Host, patterns: tuple[str, ...], text: bytes, what: str, advice: str) -> Finding:
+def _has(host: Host, patterns: tuple[str, ...], text: bytes, what: str, advice: str, has: str = "COLO") -> Finding:
     files = [path for pattern in patterns for path in sorted(host.root.glob(pattern)) if path.is_file()]
     if not files:
         return Finding(FAIL, f"{what} was not found", "apt-get install xen-utils")
     for path in files:
         if _contains(path, text):
-            return Finding(OK, f"{what} has COLO ({path})")
-    return Finding(FAIL, f"{what} was built without COLO ({files[0]})", advice)
+            return Finding(OK, f"{what} has {has} ({path})")
+    return Finding(FAIL, f"{what} was built without {has} ({files[0]})", advice)
 
 
 def _contains(path: Path, text: bytes) -> bool:
