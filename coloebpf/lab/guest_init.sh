@@ -46,8 +46,11 @@ chmod 700 /root /root/.ssh
 dropbear -s -E -r /etc/dropbear/dropbear_ed25519_host_key 2>/dev/console
 
 # COLO_DISK: numbers go onto this disk, each into one of 100 blocks in turn; what was written 20 numbers ago must be there
-# still, as what another VM has written is not. redis is told, for whoever asks.
+# still, as what another VM has written is not. redis is told, for whoever asks; and asked, for somebody has to want it.
 write_numbers() {
+    until echo "GET write" | nc -w 1 127.0.0.1 6379 | grep -q '^1'; do
+        sleep 1
+    done
     i=0
     while :; do
         i=$((i + 1))
