@@ -20,7 +20,7 @@ from coloebpf.model import Role, Sizes
 from coloebpf.netns import inside
 from coloebpf.preflight import Preflight
 from coloebpf.service import doctor
-from coloebpf.service.checks import guest, link, machine, network
+from coloebpf.service.checks import guest, link, live, machine, network
 from coloebpf.service.checks.finding import FAIL, OK, WARN, Finding, Host
 from coloebpf.service.config import ArbiterConfig, CommandConfig, Config, EtcdConfig, LibxlDisk, parse
 from coloebpf.service.config_example import example
@@ -388,6 +388,8 @@ def test_a_libxl_for_guests_with_disks(xen: Path, tmp_path: Path, more: str, lev
     [found] = [f for f in guest.toolstack(host(xen, with_disk)) if "an SVM that has not run" in f.text]
     assert found.level == level
     assert level == OK or "deploy/xen/rebuild.sh" in found.advice
+    for pair, told in ((with_disk.pairs[0], level == FAIL), (config.pairs[0], False)):  # in a service, before each copy
+        assert ("an SVM that has not run" in live.lacks(pair, host(xen))) == told
 
 
 def test_pairs_of_other_engines_need_no_xen(root: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,15 @@ def _pairs(host: Host) -> list[PairConfig]:
 
 def toolstack(host: Host) -> Iterator[Finding]:
     """libxl and QEMU were built with COLO; Debian's are not."""
-    if not _pairs(host):
+    pairs = _pairs(host)
+    if not pairs:
         yield Finding(OK, "no pair uses libxl-colo")
         return
-    yield from stack(host)
+    yield from stack(host, pairs)
 
 
-def stack(host: Host) -> Iterator[Finding]:
-    """What there is for COLO."""
+def stack(host: Host, pairs: Iterable[PairConfig]) -> Iterator[Finding]:
+    """What there is for COLO, as these pairs need it."""
     if not shutil.which("xl", path=host.path):
         yield Finding(FAIL, "xl is not there", "apt-get install xen-utils, and boot Xen")
         return
@@ -55,7 +56,7 @@ def stack(host: Host) -> Iterator[Finding]:
         "libxenlight",
         "rebuild Xen's tools with libnl-3-dev and libnl-route-3-dev installed (Debian's are without)",
     )
-    if any(ColoDisk.of(pair) is not None for pair in host.known.pairs):
+    if any(ColoDisk.of(pair) is not None for pair in pairs):
         yield _has(
             host,
             LIBRARIES,

@@ -45,11 +45,11 @@ def engine(host: Host) -> Iterator[Finding]:
     yield from _lock(host, pairs)
 
 
-def lacks(engine: str, host: Host) -> str:
-    """Why no guest can be protected by this engine with this host, in one sentence; "" if nothing speaks against it."""
+def lacks(pair: PairConfig, host: Host) -> str:
+    """Why the pair's guest can't be protected by its engine with this host, in one sentence; "" if nothing speaks against it."""
     found = [_library(host), _xen(host), _script(host), *_modules(host)]
-    if engine == "libxl-colo":
-        found += guest.stack(host)
+    if pair.engine == "libxl-colo":
+        found += guest.stack(host, [pair])
     return "; ".join(f"{one.text} ({one.advice})" for one in found if one.level == FAIL)
 
 

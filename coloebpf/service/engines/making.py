@@ -141,7 +141,7 @@ def _relayed(
 
 
 def _lacks(pair: PairConfig) -> Callable[[], str]:
-    return lambda: live.lacks(pair.engine, Host(now=time.time()))
+    return lambda: live.lacks(pair, Host(now=time.time()))
 
 
 def reconfigure(engine: Engine, pair: PairConfig) -> None:
