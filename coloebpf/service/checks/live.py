@@ -46,7 +46,7 @@ def engine(host: Host) -> Iterator[Finding]:
 
 
 def lacks(pair: PairConfig, host: Host) -> str:
-    """Why the pair's guest can't be protected by its engine with this host, in one sentence; "" if nothing speaks against it."""
+    """Why the pair's guest can't be protected with this host, in one sentence; "" if nothing speaks against it."""
     found = [_library(host), _xen(host), _script(host), *_modules(host)]
     if pair.engine == "libxl-colo":
         found += guest.stack(host, [pair])
