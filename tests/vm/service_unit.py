@@ -122,7 +122,7 @@ def furnish() -> None:
             sh("ip", "tuntap", "add", vif, "mode", "tap")
             sh("ip", "link", "set", vif, "master", "br0", "up")
         sh("ip", "link", "set", f"fwd{number}", "up")
-    CONFIG.parent.mkdir(mode=0o750)
+    CONFIG.parent.mkdir(mode=0o750, exist_ok=True)
     pki.init_pki(CONFIG.parent / "pki", ["a", "b"])
     configure("info")
     shutil.copy(REPO / "deploy/systemd" / UNIT, f"/etc/systemd/system/{UNIT}")
