@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ peer_listen = "{{other}}:{PORT}"
 compare_image = true
 """
 BLOCKS = 100
+IDLE_S = 5.0  # behind an answer: a virtual CPU that is paused while a device answers it can't be suspended
 
 
 class Written(NamedTuple):
@@ -100,6 +102,7 @@ def protected(hosts: Lab) -> Protected:
     overlays(lab)
     lab.run(1, "xl create -q /etc/xen/web.cfg")
     lab.await_answer(GUEST)
+    time.sleep(IDLE_S)
     lab.run(1, "xl pause web")
     print(lab.run(1, "coloebpf protect web", timeout=PATIENCE_S))
     lab.await_answer(GUEST)
