@@ -146,7 +146,8 @@ class Heartbeat:
             await asyncio.sleep(left / NS_PER_S)
 
     def peer_up(self, hello: Hello) -> None:
-        """The link has a session."""
+        """The link has a session. A hello is a sign of life, too: who protects now need not wait for a beat."""
+        self.last_mgmt_ns = self._clock()
         if self._grace:
             self._grace, self._judge_from_ns = False, self._clock() + self.timeout_ns
         cookie = bytes.fromhex(hello.session)
@@ -157,6 +158,10 @@ class Heartbeat:
             self.leaves.begin_session()
             self.bear_until_ns = 0
             self._judge_from_ns = max(self._judge_from_ns, self._clock() + self.timeout_ns)
+        for pair in sorted(self._lost):
+            if not self.is_lost(pair):
+                self._lost.discard(pair)
+                self._reports.back(pair)
         # Each side counts with the shorter of the two leases where it speaks, and with its own where it is silent.
         self.speaker.lease_ns = min(self.granter.lease_ns, hello.lease_ns)
 

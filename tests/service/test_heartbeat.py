@@ -55,6 +55,7 @@ class Bench:
     """A Heartbeat with a clock that the test turns, and everything it says noted."""
 
     role: Role = Role.PRIMARY
+    leased: bool = True
     now: int = 10**12
     said: list[tuple[str, object]] = field(default_factory=list)
     noted: dict[int, FwdBeat] = field(default_factory=dict)
@@ -76,7 +77,7 @@ class Bench:
                 lambda cookie: self.said.append(("expect", cookie)),
             ),
         )
-        self.beat.watch([Watch(0, self.role, {4: ("none", 0), 5: ("none", 7)}, leased=True)])
+        self.beat.watch([Watch(0, self.role, {4: ("none", 0), 5: ("none", 7)}, leased=self.leased)])
         self.beat.peer_up(Hello("b", PEER.hex(), 1, LEASE, ()))
 
     def _send(self, message: Beat | Settled) -> bool:
@@ -143,6 +144,20 @@ def test_both_lost_is_told_once_and_its_end_too() -> None:
     assert bench.told("back") == [0]
     bench.ticks(10)
     assert bench.told("lost") == [0, 0]
+
+
+@pytest.mark.parametrize("cookie", [PEER, b"another cookie".ljust(16)])
+def test_a_hello_is_a_sign_of_life(cookie: bytes) -> None:
+    """An operator protects right behind it, and the first commit comes before the first beat."""
+    bench = Bench(leased=False)
+    bench.ticks(10, "mgmt", "fwd")
+    bench.ticks(20)
+    assert bench.beat.is_lost(0)
+    bench.beat.peer_up(Hello("b", cookie.hex(), 1, LEASE, ()))
+    assert not bench.beat.is_lost(0)
+    assert bench.told("back") == [0]
+    bench.ticks(10)
+    assert bench.told("lost") == [0, 0], "no beat came behind it"
 
 
 def test_a_pair_is_lost_until_something_comes() -> None:
